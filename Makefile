@@ -1,0 +1,55 @@
+# mentor-serve: the commands of everyday work. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Ray collects usage statistics unless told not to; nothing here phones home.
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev run test check format bench dashboard reference-pair clean
+
+help: ## List the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres,dev]'
+	touch $@
+
+setup: $(VENV)/.runtime ## Make the virtual environment that the service runs in
+setup-dev: $(VENV)/.dev ## ... with the tools for tests and checks
+
+run: setup ## Start everything: policy, expert, collector, learner, HTTP on :8000, dashboard on :8501
+	$(BIN)/mentor-serve up
+
+test: setup-dev check ## Run the checks and every test
+	$(BIN)/python -m pytest
+
+check: setup-dev ## Lint, types, layers, dependencies, spelling, compose file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+	$(BIN)/codespell
+
+format: setup-dev ## Rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup-dev ## Run the benchmarks (JSON on standard output)
+	$(BIN)/python -m benchmarks.rollouts --json
+
+dashboard: setup ## The dashboard alone, beside a running or stopped service
+	$(BIN)/streamlit run dashboards/app.py --server.port 8501 --server.address 127.0.0.1
+
+reference-pair: setup-dev ## Rebuild the bundled policy and expert from scratch (about half an hour)
+	$(BIN)/python -m mentor_serve.models.reference.build --out mentor_serve/models/reference
+
+clean: ## Remove the virtual environment and caches; .mentor (your data) stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

@@ -1,0 +1,374 @@
+"""Every setting of the service in one tree.
+
+Precedence, low to high: the defaults here (a laptop CPU with the bundled pair and SQLite), TOML
+files in the order given, environment variables (`MENTOR_SERVE_LEARNER__LEARNING_RATE=1e-5`),
+command-line flags. Unknown keys are errors. Names of the paper's knobs keep the paper's meaning;
+where a default differs from the paper's value, the docstring gives both.
+
+Only cli, actors, apps, dashboards and migrations read this module; the layers below take plain
+arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import EnvSettingsSource, SettingsError
+
+from mentor_serve.errors import ConfigError
+
+ENV_PREFIX = "MENTOR_SERVE_"
+ENV_DELIMITER = "__"
+
+PAPER_SYSTEM_PROMPT = (
+    "Your task is to solve the given question step by step. You should conduct a systematic, "
+    "thorough reasoning process before providing the final answer. Reason inside "
+    "<think> and </think> first, then put the final answer in \\boxed{}."
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PolicySettings(_Section):
+    """The model that is served and trained."""
+
+    model: str = "embedded:policy"
+    """`embedded:policy`, a Hugging Face model directory, or a hub id."""
+    engine: Literal["torch"] = "torch"
+    """What generates: this project's engine on torch, for any Hugging Face causal LM."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_batch_size: PositiveInt = 96
+    """Rollouts that decode at the same time."""
+    max_model_len: PositiveInt = 512
+    """Prompt plus response, in tokens."""
+    num_replicas: PositiveInt = 1
+    num_cpus: PositiveFloat = 0.5
+    """CPUs that Ray books for one replica."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_threads: NonNegativeInt = 1
+    """Torch threads of a replica; 0 leaves torch's own choice."""
+    max_queued_requests: PositiveInt = 512
+    """HTTP and rollout requests that may wait for one replica; more are answered 503."""
+
+
+class ExpertSettings(_Section):
+    """The advisor: a stronger model over the same vocabulary."""
+
+    model: str = "embedded:expert"
+    """`embedded:expert`, a Hugging Face model directory, a hub id, or `none`."""
+    placement: Literal["colocated", "remote"] = "colocated"
+    """`colocated`: in the policy's process. `remote`: a deployment of its own."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    num_cpus: PositiveFloat = 0.3
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_threads: NonNegativeInt = 1
+    timeout_s: PositiveFloat = 10.0
+    """How long the engine waits for a remote expert before it goes on without it."""
+
+
+class RolloutSettings(_Section):
+    """Groups that the collectors ask for."""
+
+    num_on_policy: int = Field(default=8, ge=2)
+    """N1: on-policy rollouts of a prompt (paper: 8)."""
+    num_mixed: NonNegativeInt = 4
+    """N2: mixed rollouts of a prompt while alpha > 0 (paper: 4)."""
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 96
+    """Longest response in tokens (paper: 8192)."""
+    num_collectors: PositiveInt = 1
+    """Collector replicas."""
+    concurrent_groups: PositiveInt = 8
+    """Groups that one collector keeps in flight."""
+    record_mixed: bool = False
+    """Ask the expert at every token, so that no recorded value is NaN; costs expert passes."""
+    seed: int = 0
+
+
+class GuidanceSettings(_Section):
+    """When the expert speaks (paper, section 3.1) and how its rollouts count (Eq. 11)."""
+
+    entropy_quantile: float = Field(default=0.95, gt=0, le=1)
+    """p of gamma_p (paper: 0.95)."""
+    initial_gamma: PositiveFloat = 999.0
+    """gamma_p before the first update (paper: 999, so that w is about 0)."""
+    gamma_floor: float = Field(default=0.0, ge=0)
+    """Lower bound of gamma_p; 1.5 reproduces the authors' code, 0 the paper."""
+    alpha_initial: float = Field(default=1.0, ge=0)
+    alpha_steps: PositiveInt = 120
+    """Updates over which alpha falls to 0 by a cosine (paper: 120)."""
+    reward_range: PositiveFloat = 1.0
+    """R_range of Eq. 11: the fixed span of the reward."""
+
+
+class TaskSettings(_Section):
+    """What the policy is trained on."""
+
+    source: Literal["reasoning_gym", "jsonl", "huggingface"] = "reasoning_gym"
+    name: str = "embedded"
+    """reasoning_gym: a data set name, or `embedded` for the bundled pair's task mix.
+    jsonl: a file. huggingface: a data set id or a directory or file that `datasets` reads."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """reasoning_gym: arguments of the generator. huggingface: `split`, `name`, `data_files`."""
+    seed: int = 0
+    size: PositiveInt = 100_000
+    """reasoning_gym: problems before the generator repeats itself."""
+    system_prompt: str = PAPER_SYSTEM_PROMPT
+    """Sent as the system message where the tokenizer's chat template has one."""
+    split: str = "train"
+
+
+class RewardSettings(_Section):
+    """How a response is scored: `accuracy_weight * accuracy + format_weight * format`."""
+
+    verifier: str = "auto"
+    """`auto` (reasoning_gym tasks: their own scorer, others: Math-Verify), `math`,
+    `reasoning_gym`, or `module:function` of your own."""
+    accuracy_weight: float = Field(default=0.9, ge=0)
+    format_weight: float = Field(default=0.1, ge=0)
+    timeout_s: PositiveFloat = 5.0
+    """A verifier that takes longer fails the rollout."""
+    num_workers: PositiveInt = 1
+    """Verifier processes of one collector."""
+
+
+class LearnerSettings(_Section):
+    """Mixed-policy GRPO (Eq. 9 to 11)."""
+
+    enabled: bool = True
+    """False: collect and serve only."""
+    backend: Literal["torch"] = "torch"
+    device: str = "cpu"
+    prompts_per_step: PositiveInt = 16
+    """Groups of one update (paper: 128)."""
+    mini_batch_prompts: PositiveInt = 16
+    """Groups of one optimiser step (paper: 64)."""
+    learning_rate: PositiveFloat = 1e-4
+    """AdamW's; fits models of about a million parameters (paper, 7B: 1e-6)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: PositiveFloat = 0.28
+    max_staleness: NonNegativeInt = 4
+    """Groups whose oldest token is more versions behind than this become `stale`."""
+    max_tokens_per_micro_batch: PositiveInt = 16_384
+    """Prompt and response tokens of one forward pass."""
+    max_steps: NonNegativeInt = 0
+    """Stop after this many updates; 0 goes on for ever."""
+    checkpoint_every: PositiveInt = 1
+    keep_checkpoints: PositiveInt = 3
+    lease_s: PositiveFloat = 120.0
+    """A learner that does not come back within this time loses its groups."""
+    seed: int = 0
+    num_cpus: PositiveFloat = 0.5
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_threads: NonNegativeInt = 1
+
+
+class StoreSettings(_Section):
+    """The SQL trajectory store."""
+
+    url: SecretStr | None = None
+    """SQLAlchemy URL; default: SQLite in `mentor.db` under the state directory."""
+    pool_size: PositiveInt = 5
+    timeout_s: PositiveFloat = 30.0
+    """How long a statement waits for a lock or a connection."""
+
+
+class WeightSettings(_Section):
+    """Weight snapshots."""
+
+    keep_versions: PositiveInt = 5
+    """Snapshots kept on disk beside the live one."""
+    swap_timeout_s: PositiveFloat = 60.0
+    """How long a replica may take to load a snapshot before it is replaced."""
+
+
+class GatewaySettings(_Section):
+    """The HTTP front."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    api_keys: list[SecretStr] = Field(default_factory=list)
+    """Bearer keys that may call the API; empty: no authentication."""
+    admin_keys: list[SecretStr] = Field(default_factory=list)
+    """Bearer keys for routes that change training; empty: the API keys."""
+    cors_origins: list[str] = Field(default_factory=list)
+    num_replicas: PositiveInt = 1
+    num_cpus: PositiveFloat = 0.2
+    request_timeout_s: PositiveFloat = 600.0
+    drain_timeout_s: PositiveFloat = 20.0
+    """How long a stopping service lets requests in flight finish."""
+
+
+class TelemetrySettings(_Section):
+    """Logs and the dashboard."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["console", "json"] = "console"
+    dashboard_port: int = Field(default=8501, ge=1, le=65535)
+
+
+class Settings(_Section):
+    """The whole tree; see the module docstring for precedence."""
+
+    home: Path = Path(".mentor")
+    """State directory: database, weights, checkpoints, logs (`MENTOR_SERVE_HOME`)."""
+    run_name: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Runs of the same name continue each other."""
+    policy: PolicySettings = PolicySettings()
+    expert: ExpertSettings = ExpertSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    guidance: GuidanceSettings = GuidanceSettings()
+    tasks: TaskSettings = TaskSettings()
+    reward: RewardSettings = RewardSettings()
+    learner: LearnerSettings = LearnerSettings()
+    store: StoreSettings = StoreSettings()
+    weights: WeightSettings = WeightSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> Settings:
+        if self.rollout.max_new_tokens >= self.policy.max_model_len:
+            raise ValueError(
+                f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) must be below "
+                f"policy.max_model_len ({self.policy.max_model_len}), which also holds the prompt"
+            )
+        if self.learner.mini_batch_prompts > self.learner.prompts_per_step:
+            raise ValueError(
+                f"learner.mini_batch_prompts ({self.learner.mini_batch_prompts}) must not exceed "
+                f"learner.prompts_per_step ({self.learner.prompts_per_step})"
+            )
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the store, password included: never print it."""
+        if self.store.url is not None:
+            return self.store.url.get_secret_value()
+        return f"sqlite:///{self.home.resolve() / 'mentor.db'}"
+
+    @property
+    def weights_dir(self) -> Path:
+        """Where this run's snapshots lie."""
+        return self.home.resolve() / "weights" / self.run_name
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where this run's checkpoints lie."""
+        return self.home.resolve() / "checkpoints" / self.run_name
+
+    @property
+    def logs_dir(self) -> Path:
+        """Where log files lie."""
+        return self.home.resolve() / "logs"
+
+
+def load_settings(
+    config_files: Iterable[str | os.PathLike[str]] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Resolve the tree from TOML files, the environment and `overrides` (dotted keys, highest).
+
+    Raises:
+        ConfigError: a file is missing or is not TOML, a key is unknown, a value is out of range.
+    """
+    tree: dict[str, Any] = {}
+    for file in config_files:
+        _merge(tree, _read_toml(Path(file)))
+    _merge(tree, _read_environment())
+    for dotted, value in (overrides or {}).items():
+        _merge(tree, _nested(dotted, _parsed(value)))
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
+
+
+def _read_environment() -> dict[str, Any]:
+    known = {name.upper() for name in Settings.model_fields}
+    for variable in os.environ:
+        section = variable.removeprefix(ENV_PREFIX).split(ENV_DELIMITER)[0]
+        if variable.startswith(ENV_PREFIX) and section not in known:
+            raise ConfigError(
+                f"environment variable {variable}: no setting {section.lower()!r}; "
+                f"expected {ENV_PREFIX}<SECTION>{ENV_DELIMITER}<KEY> with a section of "
+                f"{', '.join(sorted(known))}"
+            )
+    source = EnvSettingsSource(
+        Settings,  # type: ignore[arg-type]  # it reads model_fields and model_config alone
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+    )
+    try:
+        return source()
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}") from error
+
+
+def _parsed(value: Any) -> Any:
+    """Flags are strings: lists and tables among them are JSON, as in the environment."""
+    if isinstance(value, str) and value[:1] in {"[", "{"}:
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"expected JSON, got {value!r}: {error}") from error
+    return value
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    *sections, key = dotted.split(".")
+    tree: dict[str, Any] = {key: value}
+    for section in reversed(sections):
+        tree = {section: tree}
+    return tree
+
+
+def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown setting (see `mentor-serve config show`)")
+        else:
+            lines.append(f"{key}: {item['msg']}, got {item['input']!r:.80}")
+    return "; ".join(lines)
