@@ -79,7 +79,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:
-    """`num_samples` rollouts of one prompt; sample `i` depends only on `(seed, i)` and the prompt."""
+    """`num_samples` rollouts of one prompt; sample `i` is a function of prompt, `seed` and `i`."""
 
     prompt_token_ids: tuple[int, ...] | list[int]
     mixed: bool = False

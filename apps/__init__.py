@@ -1,0 +1,1 @@
+"""Composition roots: what `serve run` and `serve deploy` import, and their configurations."""

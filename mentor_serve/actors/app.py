@@ -1,0 +1,45 @@
+"""Builds the Serve application `mentor` from settings: which deployments, wired how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from mentor_serve.actors.collector import collector_deployment
+from mentor_serve.actors.expert import expert_deployment
+from mentor_serve.actors.gateway import gateway_deployment
+from mentor_serve.actors.policy import policy_deployment
+from mentor_serve.actors.runtime import prepare_state
+from mentor_serve.models.loading import load_config, load_tokenizer
+from mentor_serve.models.vocabulary import check_same_vocabulary
+from mentor_serve.settings import Settings
+
+
+def check_settings(settings: Settings) -> None:
+    """Find what can be found wrong before any process starts.
+
+    Raises:
+        ConfigError: a model directory is missing, the state directory cannot be written.
+        VocabularyMismatch: policy and expert cannot be mixed.
+        SchemaOutOfDate, StoreError: the database cannot be used.
+    """
+    policy, expert = settings.policy.model, settings.expert.model
+    tokenizer, config = load_tokenizer(policy), load_config(policy)
+    if expert != "none":
+        check_same_vocabulary(tokenizer, load_tokenizer(expert), config, load_config(expert))
+    prepare_state(settings)
+
+
+def build_application(settings: Settings) -> serve.Application:
+    """The application; checks the settings first (see `check_settings` for what it raises)."""
+    check_settings(settings)
+    # Replicas have other working directories: paths travel resolved.
+    settings = settings.model_copy(update={"home": settings.home.resolve()})
+    expert = None
+    if settings.expert.model != "none" and settings.expert.placement == "remote":
+        expert = expert_deployment(settings).bind(settings)
+    policy = policy_deployment(settings).bind(settings, expert)
+    collector = collector_deployment(settings).bind(settings, policy)
+    application: Any = gateway_deployment(settings).bind(settings, policy, collector, expert)
+    return application

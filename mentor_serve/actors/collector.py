@@ -1,0 +1,148 @@
+"""The collector deployment: turns tasks into stored groups, and keeps the learner alive."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+from ray import serve
+
+from mentor_serve.actors import names
+from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
+from mentor_serve.actors.supervisor import LearnerSupervisor
+from mentor_serve.models.loading import load_tokenizer
+from mentor_serve.rollout.collector import Collector, CollectorConfig
+from mentor_serve.rollout.prompts import PromptRenderer
+from mentor_serve.rollout.tasks import build_source
+from mentor_serve.rollout.verifiers.pool import VerifierPool
+from mentor_serve.settings import Settings
+from mentor_serve.types import Guidance, Rollout, RolloutRequest, SamplingParams
+
+log = structlog.get_logger(__name__)
+
+
+class PolicySampler:
+    """`GroupSampler` over the policy's Serve handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def guidance(self) -> Guidance:
+        """Version, alpha and gamma of the live policy."""
+        guidance: Guidance = await self._handle.guidance.remote()
+        return guidance
+
+    async def sample(self, requests: list[RolloutRequest]) -> list[list[Rollout]]:
+        """One list of rollouts per request."""
+        rollouts: list[list[Rollout]] = await self._handle.sample.remote(requests)
+        return rollouts
+
+
+def collector_config(settings: Settings, *, index: int = 0, count: int = 1) -> CollectorConfig:
+    """The collector's own view of the settings."""
+    rollout, learner = settings.rollout, settings.learner
+    has_expert = settings.expert.model != "none"
+    return CollectorConfig(
+        num_on_policy=rollout.num_on_policy,
+        num_mixed=rollout.num_mixed if has_expert else 0,
+        sampling=SamplingParams(
+            temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
+        ),
+        concurrent_groups=rollout.concurrent_groups,
+        record_mixed=rollout.record_mixed,
+        seed=rollout.seed,
+        collector_index=index,
+        num_collectors=count,
+        stop_timeout_s=settings.gateway.drain_timeout_s,
+        # One batch in training and one waiting: enough to never starve the learner, and young
+        # enough that nothing passes max_staleness.
+        max_ready_groups=2 * learner.prompts_per_step if learner.enabled else None,
+    )
+
+
+class CollectorReplica:
+    """Runs the collecting loop from construction to destruction."""
+
+    def __init__(self, settings: Settings, policy: Any) -> None:
+        enter_process(settings, role="collector")
+        prepare_state(settings)
+        self._settings = settings
+        self._store = open_store(settings)
+        self._run_id = open_run(settings, self._store)
+        tasks, reward = settings.tasks, settings.reward
+        index = serve.get_replica_context().rank.rank
+        count = settings.rollout.num_collectors
+        tokenizer = load_tokenizer(settings.policy.model)
+        self._verifiers = VerifierPool(
+            reward.verifier,
+            num_workers=reward.num_workers,
+            timeout_s=reward.timeout_s,
+            accuracy_weight=reward.accuracy_weight,
+            format_weight=reward.format_weight,
+        )
+        self._sampler = PolicySampler(policy)
+        self._collector = Collector(
+            sampler=self._sampler,
+            source=build_source(
+                source=tasks.source,
+                name=tasks.name,
+                config=tasks.config,
+                seed=tasks.seed,
+                size=tasks.size,
+                split=tasks.split,
+                shard=index,
+                num_shards=count,
+            ),
+            renderer=PromptRenderer(tokenizer, tasks.system_prompt),
+            verifier_pool=self._verifiers,
+            store=self._store,
+            run_id=self._run_id,
+            config=collector_config(settings, index=index, count=count),
+        )
+        self._stop = asyncio.Event()
+        loop = asyncio.get_event_loop()
+        self._tasks = [loop.create_task(self._collect())]
+        if settings.learner.enabled:
+            self._tasks.append(loop.create_task(self._supervise()))
+
+    async def _collect(self) -> None:
+        await self._sampler.guidance()  # waits for a policy replica
+        await self._collector.run(self._stop)
+
+    async def _supervise(self) -> None:
+        # The learner publishes its version first thing: start it when somebody can take it.
+        await self._sampler.guidance()
+        await LearnerSupervisor(self._settings, self._store, self._run_id).run(self._stop)
+
+    async def stop(self) -> None:
+        """Finish the groups in flight (bounded) and store them."""
+        self._stop.set()
+        await asyncio.wait(self._tasks, timeout=self._settings.gateway.drain_timeout_s + 2.0)
+
+    async def counters(self) -> dict[str, int]:
+        """Groups and rollouts since this replica started."""
+        return self._collector.counters()
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose loop ended on its own."""
+        for task in self._tasks:
+            if task.done() and not self._stop.is_set():
+                task.result()
+                raise RuntimeError("a collector task ended although nobody stopped it")
+
+    async def __del__(self) -> None:
+        await self.stop()
+        await self._verifiers.close()
+        self._store.close()
+
+
+def collector_deployment(settings: Settings) -> Any:
+    """The deployment with its resources."""
+    return serve.deployment(CollectorReplica).options(
+        name=names.COLLECTOR,
+        num_replicas=settings.rollout.num_collectors,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s + 5,
+        ray_actor_options={"num_cpus": 0.1},
+    )

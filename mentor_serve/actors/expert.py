@@ -1,0 +1,110 @@
+"""The expert as a deployment of its own, and the policy engine's line to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+
+from mentor_serve.actors import names
+from mentor_serve.actors.runtime import enter_process
+from mentor_serve.engines import TorchEngine
+from mentor_serve.engines.base import ExpertAnswer, ExpertQuery, StepOutput
+from mentor_serve.engines.driver import EngineDriver
+from mentor_serve.engines.expert import ExpertServer
+from mentor_serve.errors import ExpertUnavailable
+from mentor_serve.models.loading import load_model, load_tokenizer
+from mentor_serve.settings import Settings
+from mentor_serve.types import Rollout, RolloutRequest
+
+MAX_ATTEMPTS = 2
+
+
+class Expert:
+    """One replica: answers gated positions, and serves the model `expert` over HTTP."""
+
+    def __init__(self, settings: Settings) -> None:
+        enter_process(settings, role="expert", num_threads=settings.expert.num_threads)
+        model = load_model(
+            settings.expert.model, dtype=settings.expert.dtype, device=settings.expert.device
+        )
+        self._server = ExpertServer(model, max_sequences=settings.policy.max_batch_size)
+        self._server_lock = asyncio.Lock()
+        self._driver = EngineDriver(
+            TorchEngine(
+                policy=model,
+                expert=None,
+                tokenizer=load_tokenizer(settings.policy.model),
+                device=settings.expert.device,
+                dtype=settings.expert.dtype,
+                max_batch_size=settings.policy.max_batch_size,
+                max_model_len=settings.policy.max_model_len,
+            )
+        )
+
+    async def advise(self, queries: list[ExpertQuery]) -> list[ExpertAnswer]:
+        """Token ids in; log-probabilities and samples out."""
+        async with self._server_lock:
+            return await asyncio.to_thread(self._server.advise, queries)
+
+    async def release(self, sequence_ids: list[int]) -> None:
+        """Forget sequences that ended."""
+        async with self._server_lock:
+            self._server.release(sequence_ids)
+
+    async def generate(self, model: str, request: RolloutRequest) -> list[Rollout]:
+        """Rollouts of the expert itself."""
+        del model
+        return await self._driver.generate(replace(request, mixed=False, priority=1))
+
+    async def stream(self, model: str, request: RolloutRequest) -> AsyncIterator[StepOutput]:
+        """The same, token by token."""
+        del model
+        async for output in self._driver.stream(replace(request, mixed=False, priority=1)):
+            yield output
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine died."""
+        self._driver.check_health()
+
+
+class RemoteExpert:
+    """`ExpertClient` over a Serve handle. Called from the engine's thread, so it may block."""
+
+    def __init__(self, handle: Any, timeout_s: float) -> None:
+        self._handle = handle
+        self._timeout_s = timeout_s
+
+    def advise(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]:
+        """Raises `ExpertUnavailable` after `MAX_ATTEMPTS` time-outs or failures."""
+        problem: Exception | None = None
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                response = self._handle.advise.remote(list(queries))
+                answers: list[ExpertAnswer] = response.result(timeout_s=self._timeout_s)
+                return answers
+            except (TimeoutError, ray.exceptions.RayError, serve.exceptions.RayServeException) as e:
+                problem = e
+        raise ExpertUnavailable(
+            f"the expert should answer within {self._timeout_s:g} s, but {MAX_ATTEMPTS} attempts "
+            f"failed: {type(problem).__name__}: {problem}"
+        )
+
+    def release(self, sequence_ids: Sequence[int]) -> None:
+        """Best effort: the expert evicts forgotten sequences anyway."""
+        self._handle.release.remote(list(sequence_ids))
+
+
+def expert_deployment(settings: Settings) -> Any:
+    """The deployment with its resources."""
+    expert = settings.expert
+    return serve.deployment(Expert).options(
+        name=names.EXPERT,
+        num_replicas=1,
+        max_ongoing_requests=64,
+        ray_actor_options={"num_cpus": expert.num_cpus, "num_gpus": expert.num_gpus},
+    )

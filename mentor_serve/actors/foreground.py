@@ -1,0 +1,194 @@
+"""`mentor-serve up`: the service in the foreground, its dashboard, and a live status line."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import structlog
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from mentor_serve.actors.lifecycle import (
+    check_port_is_free,
+    drain_service,
+    start_service,
+    stop_service,
+)
+from mentor_serve.actors.runtime import open_run, open_store, prepare_state
+from mentor_serve.errors import ConfigError, StoreError
+from mentor_serve.settings import ENV_PREFIX, Settings
+from mentor_serve.store import TrajectoryStore
+
+log = structlog.get_logger(__name__)
+
+LIVE_INTERVAL_S = 2.0
+LOG_INTERVAL_S = 30.0
+
+
+def run_in_foreground(settings: Settings, *, with_dashboard: bool) -> None:
+    """Start everything, show how it goes, and stop cleanly on SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: a port is taken, a model is missing, or another service owns the directory.
+        SchemaOutOfDate, StoreError: the database cannot be used.
+    """
+    console = Console(stderr=True)
+    with _handled_signals() as stop, _owned_state(settings):
+        if with_dashboard:
+            check_port_is_free(
+                "127.0.0.1", settings.telemetry.dashboard_port, setting="telemetry.dashboard_port"
+            )
+        started = time.monotonic()
+        console.print("Starting: policy, expert, collector, learner ...", style="dim")
+        dashboard = _start_dashboard(settings) if with_dashboard else None
+        try:
+            start_service(settings)
+            _announce(console, settings, with_dashboard, time.monotonic() - started)
+            _watch(console, settings, stop)
+            console.print("Stopping: requests in flight finish, the queue stays stored ...")
+            drain_service(settings)
+        finally:
+            if dashboard is not None:
+                dashboard.terminate()
+                dashboard.wait(timeout=10)
+            stop_service()
+    console.print("Stopped. Start again to go on from the same step.", style="dim")
+
+
+@contextmanager
+def _handled_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one interrupts at once."""
+    stop = threading.Event()
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    _reinstall.handler = on_signal
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Reinstall:
+    """Ray replaces the SIGTERM handler in `ray.init`; this puts ours back afterwards."""
+
+    handler: object = signal.SIG_DFL
+
+    def __call__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handler)  # type: ignore[arg-type]
+
+
+_reinstall = _Reinstall()
+
+
+@contextmanager
+def _owned_state(settings: Settings) -> Iterator[None]:
+    """Lock the state directory for this process; the lock dies with it, kill -9 included."""
+    prepare_state(settings)
+    path = settings.home.resolve() / "service.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"{settings.home.resolve()} belongs to the service of process {file.read().strip()}"
+                "; stop it, or set MENTOR_SERVE_HOME to another directory"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def dashboard_script() -> Path:
+    """The Streamlit entry point, in a checkout or in an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package.parent / "dashboards" / "app.py", package / "_dashboards" / "app.py"):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError("the dashboard's files are missing; reinstall mentor-serve[dashboard]")
+
+
+def _start_dashboard(settings: Settings) -> subprocess.Popen[bytes]:
+    log_path = settings.logs_dir / "dashboard.log"
+    port = settings.telemetry.dashboard_port
+    with log_path.open("ab") as output:
+        return subprocess.Popen(  # noqa: S603  # fixed arguments
+            [
+                *(sys.executable, "-m", "streamlit", "run", str(dashboard_script())),
+                *("--server.port", str(port), "--server.address", "127.0.0.1"),
+                *("--server.headless", "true", "--browser.gatherUsageStats", "false"),
+            ],
+            env={**os.environ, **_environment_of(settings)},
+            stdout=output,
+            stderr=output,
+            # A terminal's Ctrl-C goes to the whole group; only we are to react to it.
+            start_new_session=True,
+        )
+
+
+def _environment_of(settings: Settings) -> dict[str, str]:
+    """What the dashboard must know of the settings that did not come from the environment."""
+    return {
+        f"{ENV_PREFIX}HOME": str(settings.home.resolve()),
+        f"{ENV_PREFIX}RUN_NAME": settings.run_name,
+        f"{ENV_PREFIX}STORE__URL": settings.database_url,
+        f"{ENV_PREFIX}POLICY__MODEL": settings.policy.model,
+    }
+
+
+def _announce(
+    console: Console, settings: Settings, with_dashboard: bool, start_time_s: float
+) -> None:
+    base = f"http://{settings.gateway.host}:{settings.gateway.port}"
+    console.print(f"Serving after {start_time_s:.0f} s.", style="bold")
+    console.print(f"  API        {base}/v1   (docs: {base}/docs)")
+    if with_dashboard:
+        console.print(f"  Dashboard  http://127.0.0.1:{settings.telemetry.dashboard_port}")
+    console.print(f"  State      {settings.home.resolve()}")
+    console.print("  Ctrl-C stops it; nothing is lost.", style="dim")
+
+
+def _watch(console: Console, settings: Settings, stop: threading.Event) -> None:
+    _reinstall()
+    with open_store(settings) as store:
+        run_id = open_run(settings, store)
+        if console.is_terminal:
+            with Live(console=console, auto_refresh=False) as live:
+                while not stop.wait(LIVE_INTERVAL_S):
+                    live.update(Text(_status_line(store, run_id)), refresh=True)
+        else:
+            while not stop.wait(LOG_INTERVAL_S):
+                console.print(_status_line(store, run_id))
+
+
+def _status_line(store: TrajectoryStore, run_id: str) -> str:
+    try:
+        return format_status(store.training_status(run_id).as_dict())
+    except StoreError as error:
+        return f"the store does not answer: {error}"
+
+
+def format_status(status: dict[str, object]) -> str:
+    """One line for people from `TrajectoryStore.training_status`."""
+    return json.dumps(status, default=str)

@@ -1,0 +1,118 @@
+"""Start, drain and stop the whole service on a Ray cluster."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+
+import ray
+import structlog
+from ray import serve
+
+from mentor_serve.actors import names
+from mentor_serve.actors.app import build_application
+from mentor_serve.actors.supervisor import stop_learner
+from mentor_serve.errors import ConfigError
+from mentor_serve.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+def check_port_is_free(host: str, port: int, *, setting: str) -> None:
+    """Raises `ConfigError` when something listens there already."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{setting} = {port} should be a free port on {host}: {error.strerror}; stop what "
+                "listens there or choose another port"
+            ) from error
+
+
+def start_service(settings: Settings) -> None:
+    """Start Ray (or join the cluster of RAY_ADDRESS), deploy, and wait until it is healthy."""
+    if not os.environ.get("RAY_ADDRESS"):
+        check_port_is_free(settings.gateway.host, settings.gateway.port, setting="gateway.port")
+    application = build_application(settings)
+    if not ray.is_initialized():
+        start_ray()
+    serve.start(
+        http_options={
+            "host": settings.gateway.host,
+            "port": settings.gateway.port,
+            "request_timeout_s": settings.gateway.request_timeout_s,
+        }
+    )
+    serve.run(application, name=names.APPLICATION, route_prefix="/", logging_config=None)
+
+
+def start_ray() -> None:
+    """A local cluster for this service alone, or the one that RAY_ADDRESS names."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, namespace=names.NAMESPACE, logging_level=logging.WARNING)
+        return
+    ray.init(
+        namespace=names.NAMESPACE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        # Replicas book fractions of a CPU that add up to about 2, also on a smaller machine.
+        num_cpus=max(4, os.cpu_count() or 1),
+    )
+
+
+def drain_service(settings: Settings) -> None:
+    """Refuse new requests, let those in flight finish, store what was collected, end the learner.
+
+    Bounded by `gateway.drain_timeout_s` for each part; a part that does not answer is left to
+    the shutdown that follows, which is safe at any moment.
+    """
+    timeout_s = settings.gateway.drain_timeout_s + 5.0
+    for deployment, method in ((names.GATEWAY, "drain"), (names.COLLECTOR, "stop")):
+        try:
+            handle = serve.get_deployment_handle(deployment, names.APPLICATION)
+            handle.broadcast(method).results(timeout_s=timeout_s)
+        except Exception as error:
+            # Shutdown's boundary: whatever failed, the next part must still be stopped.
+            log.warning("drain_incomplete", deployment=deployment, error=str(error))
+    stop_learner(timeout_s)
+
+
+def stop_service() -> None:
+    """End the application and, where this process started it, the cluster."""
+    serve.shutdown()
+    ray.shutdown()
+
+
+def drain_on_exit(settings: Settings) -> None:
+    """Make a foreign main program (`serve run`) drain before it shuts Serve down.
+
+    SIGINT: drained here, then raised as KeyboardInterrupt, on which `serve run` shuts down.
+    SIGTERM: Ray's handler exits the interpreter; our exit function runs before Ray's own.
+    Does nothing where Ray already runs: that is a worker building the app for `serve deploy`.
+    """
+    if ray.is_initialized() or threading.current_thread() is not threading.main_thread():
+        return
+    is_drained = threading.Event()
+
+    def drain_once() -> None:
+        if not is_drained.is_set() and ray.is_initialized():
+            is_drained.set()
+            drain_service(settings)
+            serve.shutdown()
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        drain_once()
+        raise KeyboardInterrupt
+
+    atexit.register(drain_once)
+    signal.signal(signal.SIGINT, on_interrupt)

@@ -1,0 +1,84 @@
+"""What every replica and actor does first: logging, threads, and the store of its run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from mentor_serve.errors import ConfigError
+from mentor_serve.settings import Settings
+from mentor_serve.store import TrajectoryStore, require_current, upgrade
+from mentor_serve.telemetry.logging import configure_logging
+
+
+def enter_process(settings: Settings, *, role: str, num_threads: int | None = None) -> None:
+    """Set up logging under the state directory and bound torch's threads.
+
+    `num_threads` None leaves torch alone (and unimported), 0 keeps its own choice.
+    """
+    configure_logging(
+        settings.telemetry.log_level,
+        format=settings.telemetry.log_format,
+        file=settings.logs_dir / f"{role}.log",
+    )
+    # Serve logs every request at INFO; the gateway's own access log says more in one line.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if num_threads:
+        import torch
+
+        torch.set_num_threads(num_threads)
+
+
+def check_state_directory(settings: Settings) -> None:
+    """Make the state directory and its folders, and try to write there.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    home = settings.home.resolve()
+    probe = home / ".write-probe"
+    try:
+        for directory in (settings.weights_dir, settings.checkpoints_dir, settings.logs_dir):
+            directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"state directory {home} must be writable, but: {error.strerror} "
+            f"({error.filename}); set MENTOR_SERVE_HOME to a directory of yours"
+        ) from error
+
+
+def prepare_state(settings: Settings) -> None:
+    """Make the state directory and bring the database to the code's schema.
+
+    SQLite is upgraded in place, under a lock; PostgreSQL must already be current.
+
+    Raises:
+        ConfigError: the state directory cannot be written.
+        SchemaOutOfDate: the database is behind (PostgreSQL) or ahead of the code.
+        StoreError: the database cannot be reached.
+    """
+    check_state_directory(settings)
+    if settings.database_url.startswith("sqlite"):
+        upgrade(settings.database_url)
+    else:
+        require_current(settings.database_url)
+
+
+def open_store(settings: Settings, *, mode: Literal["read", "write"] = "write") -> TrajectoryStore:
+    """Connect to the store that the settings name."""
+    return TrajectoryStore(
+        settings.database_url,
+        pool_size=settings.store.pool_size,
+        timeout_s=settings.store.timeout_s,
+        read_only=mode == "read",
+    )
+
+
+def open_run(settings: Settings, store: TrajectoryStore, *, announce: bool = False) -> str:
+    """Id of the run that the settings name, made if it is new.
+
+    One process of a start announces it, so that a continued run has one event a start.
+    """
+    return store.open_run(settings.run_name, settings.model_dump(mode="json"), announce=announce)

@@ -1,0 +1,198 @@
+"""The running batch: per-slot state and records as arrays over slots 0 .. n-1.
+
+Structure of arrays in numpy, so that one decode step costs a few vectorised operations and not a
+Python loop over rows. Slots stay compact: when rows end, rows from the tail move into the holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mentor_serve.core.random import uniforms
+from mentor_serve.engines.scheduler import Job
+from mentor_serve.types import IntArray, Intervention
+
+DRAW_BLOCK = 32
+"""Positions whose uniforms are computed at once."""
+_FIRST_RECORDS = 64
+
+
+class Stream(IntEnum):
+    """Purposes of random draws at one position; a column of `Batch.draws` for the first four."""
+
+    TOKEN = 0
+    COIN = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+    ADVICE = 4
+    """Seeds of a remote expert's draws."""
+    THINNING = 1 << 16
+    """Acceptance of a remote expert's i-th sample uses THINNING + i."""
+
+
+_NUM_BLOCK_STREAMS = 4
+
+RECORDED: dict[str, Any] = {
+    "token_ids": np.int32,
+    "policy_logprobs": np.float32,
+    "mixed_logprobs": np.float32,
+    "expert_logprobs": np.float32,
+    "entropies": np.float32,
+    "weights": np.float32,
+    "sources": np.uint8,
+    "policy_versions": np.int32,
+}
+"""What is recorded of every token, as in `Rollout`."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Row:
+    """One running sample; what is not worth an array."""
+
+    job: Job
+    sample_index: int
+    sequence_id: int
+    """Unique among all engines, for a remote expert's cache."""
+    prefill_version: int
+    """Weights that computed the prompt's keys and values."""
+    interventions: list[Intervention] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    expert_lost: bool = False
+
+
+class Batch:
+    """Rows in slots 0 .. `num_rows` - 1. Arrays are `[max_slots]` unless noted."""
+
+    def __init__(self, max_slots: int) -> None:
+        self.rows: list[Row] = []
+        self.num_new = np.zeros(max_slots, np.int64)
+        """Tokens generated so far; the position that is drawn next."""
+        self.prompt_len = np.zeros(max_slots, np.int64)
+        self.limit = np.zeros(max_slots, np.int64)
+        self.last_token = np.zeros(max_slots, np.int64)
+        """Token that the policy reads next."""
+        self.temperature = np.ones(max_slots, np.float32)
+        """1 where sampling is greedy."""
+        self.is_greedy = np.zeros(max_slots, np.bool_)
+        self.top_p = np.ones(max_slots, np.float64)
+        self.top_k = np.zeros(max_slots, np.int64)
+        self.gamma = np.zeros(max_slots, np.float32)
+        self.is_mixed = np.zeros(max_slots, np.bool_)
+        """The expert may speak: a mixed request that has not lost its expert."""
+        self.is_recorded = np.zeros(max_slots, np.bool_)
+        """The expert is asked at every token."""
+        self.ends_at_eos = np.zeros(max_slots, np.bool_)
+        self.has_stops = np.zeros(max_slots, np.bool_)
+        self.num_top_logprobs = np.zeros(max_slots, np.int64)
+        self.seed = np.zeros(max_slots, np.int64)
+        self.sample = np.zeros(max_slots, np.int64)
+        self.draw_base = np.zeros(max_slots, np.int64)
+        self.draws = np.zeros((max_slots, DRAW_BLOCK, _NUM_BLOCK_STREAMS), np.float64)
+        """[max_slots, DRAW_BLOCK, 4] uniforms for positions from `draw_base` on."""
+        self._arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray)]
+        self._records = {
+            name: np.zeros((max_slots, _FIRST_RECORDS), dtype) for name, dtype in RECORDED.items()
+        }
+
+    @property
+    def num_rows(self) -> int:
+        """Running samples; they hold slots 0 .. num_rows - 1."""
+        return len(self.rows)
+
+    def add(self, row: Row) -> int:
+        """Put a sample into the next slot and return that."""
+        slot = len(self.rows)
+        self.rows.append(row)
+        request, sampling = row.job.request, row.job.request.sampling
+        self.num_new[slot] = 0
+        self.prompt_len[slot] = len(row.job.prompt)
+        self.limit[slot] = row.job.max_new_tokens
+        self.last_token[slot] = row.job.prompt[-1]
+        self.is_greedy[slot] = sampling.temperature == 0
+        self.temperature[slot] = sampling.temperature or 1.0
+        self.top_p[slot] = sampling.top_p
+        self.top_k[slot] = sampling.top_k
+        self.gamma[slot] = request.gamma
+        self.is_mixed[slot] = request.mixed
+        self.is_recorded[slot] = request.mixed and request.record_mixed
+        self.ends_at_eos[slot] = not sampling.ignore_eos
+        self.has_stops[slot] = bool(sampling.stop or sampling.stop_token_ids)
+        self.num_top_logprobs[slot] = sampling.top_logprobs
+        self.seed[slot] = np.uint64(request.seed % 2**64).astype(np.int64)
+        self.sample[slot] = row.sample_index
+        self.draw_base[slot] = -DRAW_BLOCK
+        return slot
+
+    def uniforms(self) -> NDArray[np.float64]:
+        """[n, 4] uniforms of the position that is drawn next, one column a `Stream`."""
+        n = self.num_rows
+        offset = self.num_new[:n] - self.draw_base[:n]
+        if (offset >= DRAW_BLOCK).any():
+            # All rows at once, so that they run out together and this stays rare.
+            self.draw_base[:n] = self.num_new[:n]
+            self.draws[:n] = self._fresh_draws(n)
+            offset = np.zeros(n, np.int64)
+        current: NDArray[np.float64] = self.draws[np.arange(n), offset]
+        return current
+
+    def record(self, values: dict[str, NDArray[Any]]) -> None:
+        """Write one token a row at position `num_new`, then advance: arrays [n] by field name."""
+        n = self.num_rows
+        positions = self.num_new[:n]
+        needed = int(positions.max()) + 1
+        for name, new in values.items():
+            stored = self._records[name]
+            if stored.shape[1] < needed:
+                stored = np.pad(stored, ((0, 0), (0, stored.shape[1])))
+                self._records[name] = stored
+            stored[np.arange(n), positions] = new
+        self.last_token[:n] = values["token_ids"]
+        self.num_new[:n] += 1
+
+    def response(self, slot: int) -> IntArray:
+        """Generated tokens of a slot, a view."""
+        tokens: IntArray = self._records["token_ids"][slot, : self.num_new[slot]]
+        return tokens
+
+    def sequence(self, slot: int) -> list[int]:
+        """Prompt and generated tokens of a slot."""
+        return [*self.rows[slot].job.prompt, *self.response(slot).tolist()]
+
+    def recorded(self, slot: int) -> dict[str, NDArray[Any]]:
+        """Copies of everything recorded for a slot, [T] each."""
+        count = self.num_new[slot]
+        return {name: stored[slot, :count].copy() for name, stored in self._records.items()}
+
+    def remove(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Drop rows; returns which slots moved where (sources, targets): caches must follow."""
+        removed = set(slots)
+        num_left = self.num_rows - len(removed)
+        targets = sorted(slot for slot in removed if slot < num_left)
+        sources = [slot for slot in range(num_left, self.num_rows) if slot not in removed]
+        if sources:
+            for array in (*self._arrays, *self._records.values()):
+                array[targets] = array[sources]
+            for source, target in zip(sources, targets, strict=True):
+                self.rows[target] = self.rows[source]
+        del self.rows[num_left:]
+        return sources, targets
+
+    def _fresh_draws(self, n: int) -> NDArray[np.float64]:
+        positions = (
+            torch.from_numpy(self.num_new[:n])[:, None, None] + torch.arange(DRAW_BLOCK)[:, None]
+        )
+        drawn = uniforms(
+            torch.from_numpy(self.seed[:n])[:, None, None],
+            torch.from_numpy(self.sample[:n])[:, None, None],
+            positions,
+            torch.arange(_NUM_BLOCK_STREAMS),
+        )
+        block: NDArray[np.float64] = drawn.numpy()
+        return block

@@ -1,0 +1,74 @@
+"""Knobs of the learner as plain dataclasses; names and defaults follow the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateConfig:
+    """One update: Eq. 9 and the optimiser around it."""
+
+    mini_batch_prompts: int = 16
+    """Groups of one optimiser step."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    temperature: float = 1.0
+    """Temperature that the rollouts were sampled at; log-probabilities are taken at it."""
+    max_grad_norm: float = 1.0
+    max_tokens_per_micro_batch: int = 16_384
+    """Tokens of one forward pass; bounds memory, changes no gradient."""
+    skip_zero_advantage: bool = True
+    """Leave out the forward pass of trajectories whose advantage is 0. Exact: such a trajectory
+    adds nothing to the gradient, and its tokens still count in the denominator of Eq. 9."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    """The learner's loop."""
+
+    prompts_per_step: int = 16
+    """Groups of one update."""
+    max_staleness: int = 4
+    """Groups whose oldest token is more versions behind than this become `stale`."""
+    max_steps: int = 0
+    """Stop after this many updates of the run; 0 goes on for ever."""
+    alpha_initial: float = 1.0
+    alpha_steps: int = 120
+    """Updates over which alpha falls to 0 by a cosine."""
+    reward_range: float = 1.0
+    """R_range of Eq. 11."""
+    entropy_quantile: float = 0.95
+    """p of gamma_p."""
+    initial_gamma: float = 999.0
+    """gamma_p of version 0."""
+    gamma_floor: float = 0.0
+    checkpoint_every: int = 1
+    """Updates between two checkpoints. Weights are safe at every update (snapshots); above 1 a
+    restart may find optimiser moments that are up to this many updates old."""
+    keep_checkpoints: int = 3
+    keep_snapshots: int = 5
+    """Snapshots kept beside the live one."""
+    lease_s: float = 120.0
+    """Renewed while an update runs; a learner that dies loses its groups after this time."""
+    poll_interval_s: float = 0.1
+    """Wait between two looks for ready groups."""
+    max_backoff_s: float = 30.0
+    """Longest wait after a failed step (1 s, 2 s, 4 s, ...)."""
+    max_group_failures: int = 3
+    """Failed updates in a row after which the groups they share are marked `failed`."""
+    lock_timeout_s: float = 10.0
+    """How long a start waits for another learner of the same directories that is just ending."""
+    seed: int = 0
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "checkpoint_every", "keep_checkpoints", "keep_snapshots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.lease_s <= 0:
+            raise ValueError(f"lease_s: expected a number > 0, got {self.lease_s}")
+        if self.update.mini_batch_prompts < 1:
+            raise ValueError(
+                f"mini_batch_prompts: expected at least 1, got {self.update.mini_batch_prompts}"
+            )

@@ -1,0 +1,333 @@
+"""The learner's state machine: truth, update, commit, publication. One thread, no loop.
+
+Every method either completes or raises and leaves `needs_restore` set, so that the next `prepare`
+returns to the store's newest version before anything else happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mentor_serve.core.schedules import cosine_alpha
+from mentor_serve.errors import LeaseLost, MentorError, WeightsError
+from mentor_serve.learner.archive import LearnerArchive
+from mentor_serve.learner.backends.base import TrainingBackend
+from mentor_serve.learner.batch import TrainingBatch, build_batch
+from mentor_serve.learner.checkpoint import TrainingState
+from mentor_serve.learner.config import LearnerConfig
+from mentor_serve.learner.guards import LeaseKeeper
+from mentor_serve.learner.journal import Journal, last_line
+from mentor_serve.learner.records import LearnerStore, update_record, version_record
+from mentor_serve.learner.step import UpdateMetrics
+from mentor_serve.store.records import LeasedGroup, UpdateRecord, VersionRecord, new_id
+from mentor_serve.weights.publisher import Broadcaster
+from mentor_serve.weights.snapshots import Snapshot
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    record: UpdateRecord
+    state: TrainingState
+    snapshot: Snapshot
+    metrics: UpdateMetrics
+
+
+class Trainer:
+    """Holds where one run stands, and moves it one update at a time."""
+
+    def __init__(
+        self,
+        store: LearnerStore,
+        *,
+        run_id: str,
+        backend: TrainingBackend,
+        broadcaster: Broadcaster,
+        archive: LearnerArchive,
+        journal: Journal,
+        config: LearnerConfig,
+    ) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._backend = backend
+        self._broadcaster = broadcaster
+        self._archive = archive
+        self._journal = journal
+        self._config = config
+        # A new name for each life, so that a dead learner's leases are never taken for ours.
+        self._owner = f"learner-{socket.gethostname()}-{os.getpid()}-{new_id()[-12:]}"
+        self._snapshot: Snapshot | None = None
+        self._group_failures: Counter[str] = Counter()
+        self._num_stale = 0
+        self._waiting_since = time.monotonic()
+        self.state: TrainingState | None = None
+        """The version in memory; None before `start`."""
+        self.published_version: int | None = None
+        """The version that replicas took last."""
+        self.needs_restore = False
+        """Whether memory may differ from the store's newest version."""
+
+    @property
+    def current(self) -> TrainingState:
+        """The version in memory.
+
+        Raises:
+            RuntimeError: before `start`.
+        """
+        if self.state is None:
+            raise RuntimeError("expected a started learner; call start() first")
+        return self.state
+
+    # Truth
+
+    def start(self) -> None:
+        """Return to the run's newest version, or begin the run with version 0.
+
+        Raises:
+            WeightsError: neither checkpoint nor snapshot of the newest version can be read.
+        """
+        released = self._store.release_leases(self._run_id)
+        if released:
+            _log.info("released %d groups of a learner that ended", released)
+        self._archive.build()
+        record = self._store.latest_version(self._run_id)
+        if record is None:
+            self._initialise()
+        else:
+            self._restore(record)
+        self.try_publish()
+
+    def prepare(self) -> None:
+        """Make memory and replicas agree with the store's newest version.
+
+        Raises:
+            WeightsError: the version cannot be read, or the replicas did not take it.
+        """
+        if self.needs_restore:
+            record = self._store.latest_version(self._run_id)
+            if record is None:
+                raise WeightsError(f"expected a version of run {self._run_id} in the store")
+            self._restore(record)
+        if self.published_version != self.current.version:
+            self.publish()
+
+    def release(self) -> None:
+        """Give back every group; where the store fails, the leases end by themselves."""
+        try:
+            self._store.release_leases(self._run_id, owner=self._owner)
+        except MentorError as error:
+            _log.warning("the leases of %s end by themselves: %s", self._owner, error)
+
+    def _initialise(self) -> None:
+        self._archive.discard_newer(-1)
+        self._archive.seed(self._config.seed)
+        state = TrainingState(
+            version=0, step=0, alpha=self._alpha(0), gamma=self._config.initial_gamma
+        )
+        snapshot = self._archive.save(state, with_checkpoint=True)
+        self._store.add_version(self._run_id, version_record(snapshot))
+        self._adopt(state, snapshot)
+
+    def _restore(self, record: VersionRecord) -> None:
+        self._archive.discard_newer(record.version)
+        state, snapshot = self._archive.restore(record)
+        self._adopt(state, snapshot)
+
+    def _adopt(self, state: TrainingState, snapshot: Snapshot) -> None:
+        self.state = state
+        self._snapshot = snapshot
+        self.needs_restore = False
+
+    def _alpha(self, step: int) -> float:
+        return cosine_alpha(step, self._config.alpha_steps, self._config.alpha_initial)
+
+    # Updates
+
+    def lease(self) -> list[LeasedGroup]:
+        """The groups of the next update, or none where too few are ready."""
+        oldest = self.current.version - self._config.max_staleness
+        self._num_stale += self._store.mark_stale(self._run_id, min_policy_version=oldest)
+        return self._store.lease_groups(
+            self._run_id,
+            num_groups=self._config.prompts_per_step,
+            owner=self._owner,
+            lease_s=self._config.lease_s,
+        )
+
+    def train_on(self, groups: Sequence[LeasedGroup]) -> UpdateRecord | None:
+        """Update, commit, publish; None where the lease was lost on the way.
+
+        Raises:
+            Exception: whatever went wrong before the commit, after the groups were given back.
+        """
+        # Set before anything changes, so that no way out can forget it.
+        self.needs_restore = True
+        started = time.monotonic()
+        try:
+            with LeaseKeeper(self._store, owner=self._owner, lease_s=self._config.lease_s):
+                done = self._update(groups, started=started)
+        except LeaseLost as error:
+            self._journal.add("lease_lost", "warning", str(error))
+            self.release()
+            return None
+        except Exception:
+            self.release()
+            raise
+        self._adopt(done.state, done.snapshot)
+        self._num_stale = 0
+        self._group_failures.clear()
+        if done.metrics.num_skipped_steps:
+            count = done.metrics.num_skipped_steps
+            message = f"step {done.state.step}: {count} gradients were not finite, not applied"
+            self._journal.add("gradient_not_finite", "warning", message)
+        self.try_publish()
+        self._prune()
+        self._waiting_since = time.monotonic()
+        return done.record
+
+    def _update(self, groups: Sequence[LeasedGroup], *, started: float) -> _Committed:
+        """Compute the update, make it durable, commit it; nothing before the commit counts."""
+        old = self.current
+        group_ids = [group.group_id for group in groups]
+        alpha = self._alpha(old.step)
+        try:
+            batch, metrics = self._compute(groups, alpha=alpha)
+        except Exception as error:
+            self._blame(group_ids, error)
+            raise
+        gamma = batch.gamma(
+            self._config.entropy_quantile, floor=self._config.gamma_floor, fallback=old.gamma
+        )
+        state = TrainingState(
+            version=old.version + 1,
+            step=old.step + 1,
+            alpha=self._alpha(old.step + 1),
+            gamma=gamma,
+            parent_version=old.version,
+        )
+        due = state.step % self._config.checkpoint_every == 0
+        snapshot = self._archive.save(state, with_checkpoint=due)
+        record = update_record(
+            batch,
+            metrics,
+            alpha=alpha,
+            state=state,
+            num_stale=self._num_stale,
+            wait_time_s=started - self._waiting_since,
+            step_time_s=time.monotonic() - started,
+        )
+        self._store.commit_update(
+            self._run_id,
+            owner=self._owner,
+            group_ids=group_ids,
+            update=record,
+            version=version_record(snapshot),
+        )
+        return _Committed(record, state, snapshot, metrics)
+
+    def _compute(
+        self, groups: Sequence[LeasedGroup], *, alpha: float
+    ) -> tuple[TrainingBatch, UpdateMetrics]:
+        batch = build_batch(
+            groups,
+            alpha=alpha,
+            reward_range=self._config.reward_range,
+            policy_version=self.current.version,
+        )
+        return batch, self._backend.step(batch, self._config.update)
+
+    def _blame(self, group_ids: Sequence[str], error: Exception) -> None:
+        """Count a failed computation against its groups; give up those that failed too often."""
+        self._group_failures.update(group_ids)
+        limit = self._config.max_group_failures
+        doomed = [item for item in group_ids if self._group_failures[item] >= limit]
+        if not doomed:
+            return
+        reason = f"{limit} updates in a row failed: {last_line(error)}"
+        self._store.fail_groups(self._run_id, owner=self._owner, group_ids=doomed, error=reason)
+        self._journal.add("groups_failed", "error", f"{len(doomed)} groups: {reason}")
+        for group_id in doomed:
+            del self._group_failures[group_id]
+
+    def _prune(self) -> None:
+        try:
+            self._archive.prune(
+                keep_checkpoints=self._config.keep_checkpoints,
+                keep_snapshots=self._config.keep_snapshots,
+                version=self.current.version,
+            )
+        except OSError as error:
+            # The update is committed: a directory that cannot be removed must not undo it.
+            self._journal.add("prune_failed", "warning", last_line(error))
+
+    def rollback(self, version: int) -> VersionRecord:
+        """Make a new version with the weights of a kept one; see `Learner.rollback`.
+
+        Raises:
+            WeightsError: the version is unknown, or its snapshot is gone or damaged.
+        """
+        self.prepare()
+        if self._store.version(self._run_id, version) is None:
+            raise WeightsError(
+                f"expected a version of this run, got {version}; "
+                "choose one of `mentor-serve weights list`"
+            )
+        self.needs_restore = True
+        old = self._archive.load_version(version)
+        state = replace(
+            self.current,
+            version=self.current.version + 1,
+            gamma=old.gamma,
+            parent_version=version,
+        )
+        snapshot = self._archive.save(state, with_checkpoint=True)
+        record = version_record(snapshot)
+        self._store.add_version(self._run_id, record)
+        self._adopt(state, snapshot)
+        self._num_stale += self._store.mark_stale(self._run_id, min_policy_version=state.version)
+        message = f"version {state.version} has the weights of version {version}"
+        self._journal.add("rolled_back", "warning", message)
+        self.try_publish()
+        return record
+
+    # Publication
+
+    def publish(self) -> None:
+        """Hand the current version to the replicas and call it live.
+
+        Raises:
+            WeightsError: the replicas did not take it, or the store could not say so.
+        """
+        version = self.current.version
+        if self._snapshot is None:
+            raise RuntimeError("expected a started learner; call start() first")
+        try:
+            report = self._broadcaster.publish(self._snapshot)
+            self._store.set_live(self._run_id, version)
+        except Exception as error:
+            # Anything may come from the other side of a broadcast; it all means: not published.
+            raise WeightsError(
+                f"expected every replica to take version {version}, but: {last_line(error)}; "
+                "it is published again before the next step"
+            ) from error
+        self.published_version = version
+        if report.num_dropped:
+            message = (
+                f"version {version}: {report.num_dropped} replicas did not take it and were "
+                f"dropped, {report.num_replicas} serve it"
+            )
+            self._journal.add("replicas_dropped", "warning", message)
+
+    def try_publish(self) -> None:
+        """Publish; a failure is an event, and the next `prepare` tries again."""
+        try:
+            self.publish()
+        except WeightsError as error:
+            self._journal.add("publish_failed", "error", str(error))

@@ -1,0 +1,43 @@
+"""The SQL trajectory store: SQLite by default, PostgreSQL in production.
+
+`TrajectoryStore` reads and writes, `upgrade` and `require_current` take care of the schema,
+`stats` holds the aggregates of the dashboard. No other package writes SQL.
+"""
+
+from mentor_serve.store.health import database_check
+from mentor_serve.store.records import (
+    EventRecord,
+    LeasedGroup,
+    LeasedTrajectory,
+    NewGroup,
+    NewTrajectory,
+    StoredTask,
+    TrainingStatus,
+    TrajectoryRecord,
+    UpdateRecord,
+    VersionRecord,
+    new_id,
+)
+from mentor_serve.store.schema import SchemaState, require_current, upgrade
+from mentor_serve.store.schema import check as schema_state
+from mentor_serve.store.store import TrajectoryStore
+
+__all__ = [
+    "EventRecord",
+    "LeasedGroup",
+    "LeasedTrajectory",
+    "NewGroup",
+    "NewTrajectory",
+    "SchemaState",
+    "StoredTask",
+    "TrainingStatus",
+    "TrajectoryRecord",
+    "TrajectoryStore",
+    "UpdateRecord",
+    "VersionRecord",
+    "database_check",
+    "new_id",
+    "require_current",
+    "schema_state",
+    "upgrade",
+]

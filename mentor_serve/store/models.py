@@ -1,0 +1,312 @@
+"""The tables that users query. Column names are a public contract: see docs/sql.md.
+
+Ids are UUID version 7 strings, so that their order is the order of creation. A change here needs a
+migration; `alembic check` in the tests says when one is missing.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from mentor_serve.store.columns import JsonText, PlainText, UtcTimestamp
+
+NAMING_CONVENTION = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Base(DeclarativeBase):
+    """Declarative base: one type for each Python type, constraint names that Alembic can drop."""
+
+    metadata = MetaData(naming_convention=NAMING_CONVENTION)
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy reads it as a plain class attribute)
+        datetime: UtcTimestamp,
+        float: Double,
+        bytes: LargeBinary,
+        str: PlainText,
+        dict[str, Any]: JsonText,
+    }
+
+
+def _id(*args: Any, **kwargs: Any) -> Mapped[str]:
+    return mapped_column(String(64), *args, **kwargs)
+
+
+def _word(**kwargs: Any) -> Mapped[str]:
+    return mapped_column(String(32), **kwargs)
+
+
+def _run_id(**kwargs: Any) -> Mapped[str]:
+    return _id(ForeignKey("runs.id", ondelete="CASCADE"), **kwargs)
+
+
+class Run(Base):
+    """One training run; a restart under the same name continues it."""
+
+    __tablename__ = "runs"
+
+    id: Mapped[str] = _id(primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    config_json: Mapped[dict[str, Any]]
+    started_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+
+
+class PolicyVersion(Base):
+    """A snapshot of the policy's weights; `alpha` and `gamma` are what its rollouts use."""
+
+    __tablename__ = "policy_versions"
+    __table_args__ = (
+        # At most one live version a run, whatever the writer does.
+        Index(
+            "uq_policy_versions_live",
+            "run_id",
+            unique=True,
+            sqlite_where=text("is_live"),
+            postgresql_where=text("is_live"),
+        ),
+    )
+
+    run_id: Mapped[str] = _run_id(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    step: Mapped[int]
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    path: Mapped[str | None]
+    created_at: Mapped[datetime]
+    is_live: Mapped[bool]
+    parent_version: Mapped[int | None]
+    alpha: Mapped[float]
+    gamma: Mapped[float]
+
+
+class TaskRow(Base):
+    """A problem with a verifiable answer."""
+
+    __tablename__ = "tasks"
+    __table_args__ = (
+        UniqueConstraint("run_id", "content_key"),
+        Index(None, "run_id", "source", "id"),
+    )
+
+    id: Mapped[str] = _id(primary_key=True)
+    run_id: Mapped[str] = _run_id()
+    source: Mapped[str] = mapped_column(String(200))
+    prompt: Mapped[str]
+    answer: Mapped[str]
+    split: Mapped[str] = mapped_column(String(64))
+    metadata_json: Mapped[dict[str, Any]]
+    content_key: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of everything above but the ids: the same problem is one row."""
+    created_at: Mapped[datetime]
+
+
+class RolloutGroup(Base):
+    """All rollouts of one prompt under one guidance: the unit that the learner takes."""
+
+    __tablename__ = "rollout_groups"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('ready', 'leased', 'consumed', 'stale', 'failed')", name="status"
+        ),
+        Index(None, "run_id", "status", "id"),
+        Index(None, "run_id", "consumed_by_step"),
+        Index(None, "run_id", "created_at"),
+        Index(None, "lease_owner"),
+        Index(None, "task_id"),
+    )
+
+    id: Mapped[str] = _id(primary_key=True)
+    run_id: Mapped[str] = _run_id()
+    task_id: Mapped[str] = _id(ForeignKey("tasks.id", ondelete="CASCADE"))
+    policy_version: Mapped[int]
+    """The version that was live when the group was asked for."""
+    min_policy_version: Mapped[int]
+    """The oldest version that produced one of its tokens: staleness counts from here."""
+    step: Mapped[int]
+    gamma: Mapped[float]
+    alpha: Mapped[float]
+    status: Mapped[str] = _word()
+    num_on_policy: Mapped[int]
+    num_mixed: Mapped[int]
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None]
+    consumed_by_step: Mapped[int | None]
+    error: Mapped[str | None]
+    created_at: Mapped[datetime]
+
+
+class Trajectory(Base):
+    """One response. `served` ones answer an HTTP request and have no group and no task."""
+
+    __tablename__ = "trajectories"
+    __table_args__ = (
+        CheckConstraint("kind IN ('on_policy', 'mixed', 'expert', 'served')", name="kind"),
+        CheckConstraint("status IN ('ok', 'failed')", name="status"),
+        UniqueConstraint("group_id", "kind", "sample_index"),
+        Index(None, "run_id", "kind", "status", "min_policy_version"),
+        Index(None, "run_id", "id"),
+        Index(None, "task_id"),
+    )
+
+    id: Mapped[str] = _id(primary_key=True)
+    group_id: Mapped[str | None] = _id(ForeignKey("rollout_groups.id", ondelete="CASCADE"))
+    run_id: Mapped[str] = _run_id()
+    task_id: Mapped[str | None] = _id(ForeignKey("tasks.id", ondelete="CASCADE"))
+    kind: Mapped[str] = _word()
+    sample_index: Mapped[int]
+    status: Mapped[str] = _word()
+    error: Mapped[str | None]
+    reward: Mapped[float | None]
+    accuracy: Mapped[float | None]
+    format_score: Mapped[float | None]
+    text: Mapped[str | None]
+    num_prompt_tokens: Mapped[int]
+    num_tokens: Mapped[int]
+    num_gated: Mapped[int]
+    num_interventions: Mapped[int]
+    mean_entropy: Mapped[float | None]
+    mean_weight: Mapped[float | None]
+    min_policy_version: Mapped[int]
+    max_policy_version: Mapped[int]
+    stop_reason: Mapped[str | None] = _word()
+    latency_s: Mapped[float | None]
+    seed: Mapped[int | None] = mapped_column(BigInteger)
+    expert_lost: Mapped[bool]
+    created_at: Mapped[datetime]
+
+
+class TrajectoryTokens(Base):
+    """Per-token arrays of one trajectory, `mentor_serve.store.encoding` bytes."""
+
+    __tablename__ = "trajectory_tokens"
+
+    trajectory_id: Mapped[str] = _id(
+        ForeignKey("trajectories.id", ondelete="CASCADE"), primary_key=True
+    )
+    prompt_token_ids: Mapped[bytes]
+    token_ids: Mapped[bytes]
+    policy_logprobs: Mapped[bytes]
+    expert_logprobs: Mapped[bytes]
+    mixed_logprobs: Mapped[bytes]
+    entropies: Mapped[bytes]
+    weights: Mapped[bytes]
+    sources: Mapped[bytes]
+    versions: Mapped[bytes]
+
+
+class InterventionRow(Base):
+    """One token of the policy that the expert replaced."""
+
+    __tablename__ = "interventions"
+
+    trajectory_id: Mapped[str] = _id(
+        ForeignKey("trajectories.id", ondelete="CASCADE"), primary_key=True
+    )
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    proposed_token_id: Mapped[int]
+    proposed_text: Mapped[str | None]
+    chosen_token_id: Mapped[int]
+    chosen_text: Mapped[str | None]
+    entropy: Mapped[float | None]
+    weight: Mapped[float | None]
+    policy_logprob: Mapped[float | None]
+    expert_logprob: Mapped[float | None]
+
+
+class Update(Base):
+    """One update of the learner. `policy_version` is the version that it produced."""
+
+    __tablename__ = "updates"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["run_id", "policy_version"], ["policy_versions.run_id", "policy_versions.version"]
+        ),
+    )
+
+    run_id: Mapped[str] = _run_id(primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    policy_version: Mapped[int]
+    num_groups: Mapped[int]
+    num_trajectories: Mapped[int]
+    num_tokens: Mapped[int]
+    loss: Mapped[float | None]
+    grad_norm: Mapped[float | None]
+    entropy: Mapped[float | None]
+    clip_fraction_low: Mapped[float | None]
+    clip_fraction_high: Mapped[float | None]
+    mismatch_kl: Mapped[float | None]
+    learning_rate: Mapped[float | None]
+    mean_reward_on_policy: Mapped[float | None]
+    mean_reward_mixed: Mapped[float | None]
+    mean_accuracy_on_policy: Mapped[float | None]
+    mean_accuracy_mixed: Mapped[float | None]
+    frac_reward_zero_std: Mapped[float | None]
+    mean_response_tokens: Mapped[float | None]
+    truncated_share: Mapped[float | None]
+    mean_weight: Mapped[float | None]
+    gated_share: Mapped[float | None]
+    intervention_rate: Mapped[float | None]
+    alpha: Mapped[float]
+    gamma: Mapped[float]
+    staleness_mean: Mapped[float | None]
+    staleness_max: Mapped[int | None]
+    num_stale: Mapped[int]
+    step_time_s: Mapped[float | None]
+    wait_time_s: Mapped[float | None]
+    created_at: Mapped[datetime]
+
+
+class Evaluation(Base):
+    """One number of one evaluation suite."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (Index(None, "run_id", "suite", "metric", "policy_version"),)
+
+    id: Mapped[str] = _id(primary_key=True)
+    run_id: Mapped[str] = _run_id()
+    policy_version: Mapped[int]
+    suite: Mapped[str] = mapped_column(String(200))
+    metric: Mapped[str] = mapped_column(String(64))
+    k: Mapped[int | None]
+    value: Mapped[float | None]
+    num_problems: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class Event(Base):
+    """Something that an operator should know about the run."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        CheckConstraint("severity IN ('info', 'warning', 'error')", name="severity"),
+        Index(None, "run_id", "severity", "id"),
+        Index(None, "run_id", "id"),
+    )
+
+    id: Mapped[str] = _id(primary_key=True)
+    run_id: Mapped[str] = _run_id()
+    kind: Mapped[str] = mapped_column(String(64))
+    severity: Mapped[str] = _word()
+    message: Mapped[str]
+    details_json: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]

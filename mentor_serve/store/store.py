@@ -1,0 +1,381 @@
+"""The trajectory store: the queue between collectors and learner, and the record of a run.
+
+Synchronous and thread-safe; one store a process. Every method is one transaction that has happened
+completely when it returns, and not at all when it raises. Failures are `StoreError`; the password
+of the URL never appears in them.
+
+The store neither creates nor migrates the schema: call `schema.upgrade` or
+`schema.require_current` first. It refuses to change a group's trajectories after they were stored;
+only rewards of served responses may come later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import Connection
+
+from mentor_serve.errors import StoreError
+from mentor_serve.store import groups, journal, leases, reads, training
+from mentor_serve.store.connection import open_engine, reading, shown, writing
+from mentor_serve.store.models import PolicyVersion, Trajectory
+from mentor_serve.store.records import (
+    EventRecord,
+    LeasedGroup,
+    NewGroup,
+    NewTrajectory,
+    StoredTask,
+    TrainingStatus,
+    TrajectoryRecord,
+    UpdateRecord,
+    VersionRecord,
+)
+from mentor_serve.types import Score, Task, TrajectoryKind
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class TrajectoryStore:
+    """Reads and writes of one database; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = 5,
+        timeout_s: float = 30.0,
+        read_only: bool = False,
+        clock: Callable[[], datetime] = _utc_now,
+    ) -> None:
+        """Connect lazily. `timeout_s` bounds the wait for a lock; `clock` is for tests.
+
+        Raises:
+            StoreError: the URL cannot be used.
+        """
+        self._url = url
+        self._read_only = read_only
+        self._clock = clock
+        self._engine = open_engine(
+            url, pool_size=pool_size, timeout_s=timeout_s, read_only=read_only
+        )
+
+    def close(self) -> None:
+        """Close every connection; the store can be used again afterwards."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        """The store itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _read(self, doing: str) -> AbstractContextManager[Connection]:
+        return reading(self._engine, self._url, doing=doing)
+
+    def _write(self, doing: str) -> AbstractContextManager[Connection]:
+        if self._read_only:
+            raise StoreError(
+                f"{doing} refused: {shown(self._url)} was opened read-only; open it for writing"
+            )
+        return writing(self._engine, self._url, doing=doing)
+
+    # Runs, tasks, events, evaluations
+
+    def open_run(self, name: str, config: Mapping[str, Any], *, announce: bool = True) -> str:
+        """The id of the run called `name`: created, or continued with the new configuration.
+
+        A continuation leaves an event `run_continued` unless `announce` is False, which is for the
+        second and further processes of one start.
+        """
+        with self._write("opening the run") as connection:
+            return journal.open_run(connection, name, config, announce=announce, now=self._clock())
+
+    def find_run(self, name: str) -> str | None:
+        """The id of the run called `name`, if there is one; writes nothing."""
+        with self._read("finding the run") as connection:
+            return journal.find_run(connection, name)
+
+    def ensure_task(self, run_id: str, task: Task) -> str:
+        """The id of the task; the same problem is stored once a run."""
+        return self.add_tasks(run_id, [task])[0]
+
+    def add_tasks(self, run_id: str, tasks: Iterable[Task]) -> list[str]:
+        """The ids of the tasks, in their order; all or none are stored."""
+        now = self._clock()
+        with self._write("adding tasks") as connection:
+            return [journal.ensure_task(connection, run_id, task, now=now) for task in tasks]
+
+    def list_tasks(
+        self,
+        run_id: str,
+        *,
+        source: str | None = None,
+        only_untried: bool = False,
+        limit: int = 1000,
+    ) -> list[StoredTask]:
+        """Tasks in the order they came; `only_untried` leaves out those that have a group."""
+        with self._read("listing tasks") as connection:
+            return journal.list_tasks(
+                connection, run_id, source=source, only_untried=only_untried, limit=limit
+            )
+
+    def add_event(
+        self,
+        run_id: str,
+        *,
+        kind: str,
+        severity: str,
+        message: str,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record something that an operator should know; severity info, warning or error."""
+        with self._write("adding an event") as connection:
+            journal.add_event(
+                connection,
+                run_id,
+                kind=kind,
+                severity=severity,
+                message=message,
+                details=details,
+                now=self._clock(),
+            )
+
+    def recent_events(
+        self, run_id: str, *, severity: str | None = None, limit: int = 50
+    ) -> list[EventRecord]:
+        """The newest events, newest first."""
+        with self._read("reading events") as connection:
+            return journal.recent_events(connection, run_id, severity=severity, limit=limit)
+
+    def add_evaluation(
+        self,
+        run_id: str,
+        *,
+        policy_version: int,
+        suite: str,
+        metric: str,
+        value: float,
+        num_problems: int,
+        k: int | None = None,
+    ) -> None:
+        """Record one number of an evaluation, for instance `pass_at_k` with k = 8."""
+        row = {
+            "run_id": run_id,
+            "policy_version": policy_version,
+            "suite": suite,
+            "metric": metric,
+            "value": groups.finite(value),
+            "num_problems": num_problems,
+            "k": k,
+        }
+        with self._write("adding an evaluation") as connection:
+            journal.add_evaluation(connection, row, now=self._clock())
+
+    # Groups
+
+    def add_group(self, run_id: str, group: NewGroup) -> bool:
+        """Store a group with its task, trajectories, tokens and interventions.
+
+        Storing a group of the same id again changes nothing and returns False.
+
+        Raises:
+            StoreError: a status other than ready or failed, or arrays that do not fit together.
+        """
+        with self._write("storing a group") as connection:
+            return groups.add_group(connection, run_id, group, now=self._clock())
+
+    def lease_groups(
+        self, run_id: str, *, num_groups: int, owner: str, lease_s: float
+    ) -> list[LeasedGroup]:
+        """Lease the `num_groups` oldest available groups to `owner`, or none (an empty list).
+
+        A group goes to one owner at a time, whatever the number of callers. A group whose lease has
+        expired is available again.
+        """
+        with self._write("leasing groups") as connection:
+            ids = leases.lease(
+                connection,
+                run_id,
+                num_groups=num_groups,
+                owner=owner,
+                lease_s=lease_s,
+                now=self._clock(),
+            )
+        if not ids:
+            return []
+        # The arrays are read after the commit: the lease protects them, writers need not wait.
+        with self._read("reading leased groups") as connection:
+            return leases.read_leased(connection, ids)
+
+    def renew_leases(self, owner: str, lease_s: float) -> int:
+        """Let the leases of `owner` last `lease_s` from now; returns how many there are."""
+        with self._write("renewing leases") as connection:
+            return leases.renew(connection, owner=owner, lease_s=lease_s, now=self._clock())
+
+    def release_leases(self, run_id: str, *, owner: str | None = None) -> int:
+        """Make leased groups ready again: those of `owner`, or all (when nobody else trains)."""
+        with self._write("releasing leases") as connection:
+            return leases.release(connection, run_id, owner=owner)
+
+    def mark_stale(self, run_id: str, *, min_policy_version: int) -> int:
+        """Give up available groups with a token from before `min_policy_version`; how many."""
+        with self._write("marking stale groups") as connection:
+            return leases.mark_stale(
+                connection, run_id, min_policy_version=min_policy_version, now=self._clock()
+            )
+
+    def count_groups(self, run_id: str) -> dict[str, int]:
+        """Number of groups by status, every status present."""
+        with self._read("counting groups") as connection:
+            return leases.count(connection, run_id)
+
+    # Updates and versions
+
+    def commit_update(
+        self,
+        run_id: str,
+        *,
+        owner: str,
+        group_ids: Sequence[str],
+        update: UpdateRecord,
+        version: VersionRecord,
+    ) -> None:
+        """Consume the groups, add the update and the version it produced (not yet live).
+
+        Raises:
+            LeaseLost: `owner` does not hold every group any more; nothing changed.
+            StoreError: the step or the version is there already; nothing changed.
+        """
+        now = self._clock()
+        with self._write(f"committing step {update.step}") as connection:
+            training.consume(connection, run_id, owner=owner, group_ids=group_ids, step=update.step)
+            training.add_version(connection, run_id, version, now=now)
+            training.add_update(connection, run_id, update, now=now)
+
+    def add_version(self, run_id: str, version: VersionRecord) -> None:
+        """Add a version that no update produced: version 0, or one that was imported.
+
+        Raises:
+            StoreError: the version is there already.
+        """
+        with self._write(f"adding version {version.version}") as connection:
+            training.add_version(connection, run_id, version, now=self._clock())
+
+    def set_live(self, run_id: str, version: int) -> None:
+        """Make `version` the only live version of the run.
+
+        Raises:
+            StoreError: there is no such version; nothing changed.
+        """
+        with self._write(f"making version {version} live") as connection:
+            training.set_live(connection, run_id, version)
+
+    def latest_update(self, run_id: str) -> UpdateRecord | None:
+        """The last committed update."""
+        with self._read("reading the last update") as connection:
+            return training.latest_update(connection, run_id)
+
+    def list_versions(self, run_id: str) -> list[VersionRecord]:
+        """Every version, oldest first."""
+        return self._versions(run_id)
+
+    def version(self, run_id: str, version: int) -> VersionRecord | None:
+        """One version, if there is one of that number."""
+        return _first(self._versions(run_id, PolicyVersion.version == version))
+
+    def live_version(self, run_id: str) -> VersionRecord | None:
+        """The version that replicas serve."""
+        return _first(self._versions(run_id, PolicyVersion.is_live))
+
+    def latest_version(self, run_id: str) -> VersionRecord | None:
+        """The version of the highest number."""
+        query = training.versions_query(run_id).order_by(PolicyVersion.version.desc()).limit(1)
+        with self._read("reading the newest version") as connection:
+            return _first(training.read_versions(connection, query))
+
+    def _versions(self, run_id: str, *conditions: Any) -> list[VersionRecord]:
+        query = training.versions_query(run_id).where(*conditions).order_by(PolicyVersion.version)
+        with self._read("reading versions") as connection:
+            return training.read_versions(connection, query)
+
+    # Trajectories
+
+    def add_served(self, run_id: str, trajectory: NewTrajectory, *, trajectory_id: str) -> bool:
+        """Store a response that was given to a client (kind `served`); False if it is there.
+
+        Raises:
+            StoreError: another kind.
+        """
+        if trajectory.kind is not TrajectoryKind.SERVED:
+            raise StoreError(f"expected a served trajectory, got {trajectory.kind.value!r}")
+        with self._write("storing a served response") as connection:
+            return groups.add_served(
+                connection, run_id, trajectory, trajectory_id=trajectory_id, now=self._clock()
+            )
+
+    def score_served(self, trajectory_id: str, score: Score) -> bool:
+        """Give a served response its reward (a later one replaces it); False if it is unknown."""
+        with self._write("scoring a served response") as connection:
+            return groups.score_served(connection, trajectory_id, score)
+
+    def trajectories(
+        self,
+        run_id: str,
+        *,
+        limit: int = 50,
+        kind: TrajectoryKind | None = None,
+        before: str | None = None,
+    ) -> list[TrajectoryRecord]:
+        """The newest trajectories, newest first; `before` an id continues a listing."""
+        query = reads.trajectories_query().where(Trajectory.run_id == run_id)
+        if kind is not None:
+            query = query.where(Trajectory.kind == kind.value)
+        if before is not None:
+            query = query.where(Trajectory.id < before)
+        with self._read("reading trajectories") as connection:
+            return reads.read_trajectories(
+                connection, query.order_by(Trajectory.id.desc()).limit(limit)
+            )
+
+    def trajectory_document(self, trajectory_id: str) -> dict[str, Any] | None:
+        """One trajectory with its tokens and interventions, ready for JSON; None if unknown."""
+        with self._read("reading a trajectory") as connection:
+            return reads.trajectory_document(connection, trajectory_id)
+
+    def prune_tokens(self, run_id: str, *, before: datetime) -> int:
+        """Delete the per-token arrays of finished groups stored before; returns how many.
+
+        What a learner may still take is kept. Rows of `trajectories`, with text, rewards and
+        counts, and `interventions` stay. SQLite reuses the space, the file does not shrink.
+        """
+        with self._write("pruning tokens") as connection:
+            return groups.prune_tokens(connection, run_id, before=before)
+
+    def training_status(self, run_id: str) -> TrainingStatus:
+        """Where the run stands.
+
+        Raises:
+            StoreError: there is no such run.
+        """
+        with self._read("reading the training status") as connection:
+            status = reads.training_status(connection, run_id, now=self._clock())
+        if status is None:
+            raise StoreError(f"expected a run of id {run_id!r} in {shown(self._url)}, found none")
+        return status
+
+
+def _first(versions: list[VersionRecord]) -> VersionRecord | None:
+    return versions[0] if versions else None

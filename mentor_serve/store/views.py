@@ -1,0 +1,149 @@
+"""The views that users query, as SQL that SQLite and PostgreSQL both take.
+
+Migrations import these texts, so a published text is history: never edit one. To change a view,
+add a `VIEWS_<revision>` with the new text, point `VIEWS` at the result, and let a new migration
+drop and create it. A test pins the checksum of each published set.
+
+Divisions are CAST to DOUBLE PRECISION: SQLite would divide integers, PostgreSQL would answer with
+decimals that clients show as strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_TRAINING_CURVE_0001 = """
+SELECT
+    u.run_id,
+    r.name AS run_name,
+    u.step,
+    u.policy_version,
+    u.created_at,
+    u.mean_reward_on_policy,
+    u.mean_reward_mixed,
+    u.mean_accuracy_on_policy,
+    u.mean_accuracy_mixed,
+    u.frac_reward_zero_std,
+    u.loss,
+    u.grad_norm,
+    u.entropy,
+    u.clip_fraction_low,
+    u.clip_fraction_high,
+    u.mismatch_kl,
+    u.learning_rate,
+    u.alpha,
+    u.gamma,
+    u.mean_weight,
+    u.gated_share,
+    u.intervention_rate,
+    u.mean_response_tokens,
+    u.truncated_share,
+    u.staleness_mean,
+    u.staleness_max,
+    u.num_stale,
+    u.num_groups,
+    u.num_trajectories,
+    u.num_tokens,
+    u.step_time_s,
+    u.wait_time_s
+FROM updates u
+JOIN runs r ON r.id = u.run_id
+"""
+
+_INTERVENTION_RATE_0001 = """
+SELECT
+    t.run_id,
+    t.min_policy_version AS policy_version,
+    COUNT(*) AS num_trajectories,
+    CAST(SUM(t.num_tokens) AS BIGINT) AS num_tokens,
+    CAST(SUM(t.num_gated) AS BIGINT) AS num_gated,
+    CAST(SUM(t.num_interventions) AS BIGINT) AS num_interventions,
+    CAST(SUM(t.num_gated) AS DOUBLE PRECISION) / NULLIF(SUM(t.num_tokens), 0) AS gated_share,
+    CAST(SUM(t.num_interventions) AS DOUBLE PRECISION) / NULLIF(SUM(t.num_tokens), 0)
+        AS intervention_rate,
+    CAST(SUM(t.mean_weight * t.num_tokens) AS DOUBLE PRECISION) / NULLIF(SUM(t.num_tokens), 0)
+        AS mean_weight,
+    CAST(SUM(t.mean_entropy * t.num_tokens) AS DOUBLE PRECISION) / NULLIF(SUM(t.num_tokens), 0)
+        AS mean_entropy
+FROM trajectories t
+WHERE t.kind = 'mixed' AND t.status = 'ok'
+GROUP BY t.run_id, t.min_policy_version
+"""
+
+_INTERVENTION_TOKENS_0001 = """
+SELECT
+    t.run_id,
+    i.proposed_token_id,
+    i.proposed_text,
+    i.chosen_token_id,
+    i.chosen_text,
+    COUNT(*) AS num_interventions,
+    CAST(AVG(i.entropy) AS DOUBLE PRECISION) AS mean_entropy,
+    CAST(AVG(i.weight) AS DOUBLE PRECISION) AS mean_weight
+FROM interventions i
+JOIN trajectories t ON t.id = i.trajectory_id
+GROUP BY t.run_id, i.proposed_token_id, i.proposed_text, i.chosen_token_id, i.chosen_text
+"""
+
+_PASSED_0001 = """
+SELECT
+    t.run_id,
+    t.min_policy_version AS policy_version,
+    COUNT(*) AS num_trajectories,
+    CAST(SUM(CASE WHEN t.accuracy >= 1 THEN 1 ELSE 0 END) AS BIGINT) AS num_passed,
+    CAST(SUM(CASE WHEN t.accuracy >= 1 THEN 1 ELSE 0 END) AS DOUBLE PRECISION) / COUNT(*)
+        AS pass_rate,
+    CAST(AVG(t.accuracy) AS DOUBLE PRECISION) AS mean_accuracy,
+    CAST(AVG(t.reward) AS DOUBLE PRECISION) AS mean_reward,
+    CAST(AVG(t.num_tokens) AS DOUBLE PRECISION) AS mean_response_tokens
+FROM trajectories t
+WHERE t.kind = 'on_policy' AND t.status = 'ok' AND t.accuracy IS NOT NULL
+GROUP BY t.run_id, t.min_policy_version
+"""
+
+# Staleness is counted from the version that the update started from, so that data sampled by that
+# very version counts 0.
+_STALENESS_0001 = """
+SELECT
+    s.run_id,
+    s.step,
+    s.policy_version,
+    s.staleness,
+    COUNT(*) AS num_groups
+FROM (
+    SELECT
+        u.run_id,
+        u.step,
+        u.policy_version,
+        COALESCE(v.parent_version, u.policy_version - 1) - g.min_policy_version AS staleness
+    FROM updates u
+    JOIN rollout_groups g ON g.run_id = u.run_id AND g.consumed_by_step = u.step
+    LEFT JOIN policy_versions v ON v.run_id = u.run_id AND v.version = u.policy_version
+) s
+GROUP BY s.run_id, s.step, s.policy_version, s.staleness
+"""
+
+VIEWS_0001: Mapping[str, str] = MappingProxyType(
+    {
+        "v_training_curve": _TRAINING_CURVE_0001,
+        "v_intervention_rate": _INTERVENTION_RATE_0001,
+        "v_intervention_tokens": _INTERVENTION_TOKENS_0001,
+        "v_pass_rate": _PASSED_0001,
+        "v_staleness": _STALENESS_0001,
+    }
+)
+"""Name to text, as the first migration created them."""
+
+VIEWS: Mapping[str, str] = VIEWS_0001
+"""Name to text at the newest revision."""
+
+
+def create_statement(name: str, *, views: Mapping[str, str] = VIEWS) -> str:
+    """The CREATE VIEW statement of `name`; KeyError where there is no such view."""
+    return f"CREATE VIEW {name} AS {views[name].strip()}"
+
+
+def drop_statement(name: str) -> str:
+    """The DROP VIEW statement of `name`."""
+    return f"DROP VIEW {name}"

@@ -1,0 +1,181 @@
+"""The whole service as one process tree: HTTP, learning, SQL, stopping and starting again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+QUESTION = "State the final answer to the following arithmetic problem: 4 - 1 - 7 ="
+
+
+@pytest.fixture(scope="module")
+def service(start_service: Callable[..., Any]) -> Any:
+    return start_service()
+
+
+@pytest.fixture(scope="module")
+def client(service: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.base_url}/v1", api_key="unused", max_retries=2)
+
+
+def test_completion_of_the_live_policy(client: openai.OpenAI) -> None:
+    reply = client.completions.create(model="policy", prompt=QUESTION, max_tokens=16, seed=3)
+    again = client.completions.create(model="policy", prompt=QUESTION, max_tokens=16, seed=3)
+    assert reply.usage is not None
+    assert 1 <= reply.usage.completion_tokens <= 16
+    same_version = (
+        reply.model_extra["mentor"]["policy_version"]
+        == again.model_extra["mentor"]["policy_version"]
+    )
+    assert not same_version or reply.choices[0].text == again.choices[0].text
+
+
+@pytest.mark.parametrize("model", ["policy", "expert", "mentor"])
+def test_chat_with_every_model(client: openai.OpenAI, model: str) -> None:
+    reply = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=96, n=2, seed=1
+    )
+    assert len(reply.choices) == 2
+    assert all(choice.finish_reason in {"stop", "length"} for choice in reply.choices)
+    assert all(choice.message.content for choice in reply.choices)
+
+
+def test_stream_equals_the_whole_answer(client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {
+        "model": "expert",  # its weights never change, so both answers come from the same model
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 64,
+        "seed": 11,
+    }
+    whole = client.chat.completions.create(**arguments)
+    with client.chat.completions.create(**arguments, stream=True) as stream:
+        parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len(parts) > 2
+    assert "".join(parts) == whole.choices[0].message.content
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    names = {model.id for model in client.models.list()}
+    assert {"policy", "expert", "mentor"} <= names
+
+
+def test_wrong_requests_get_openai_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="nobody", prompt="x")
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="policy", prompt="x", max_tokens=-1)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="policy", prompt="1 + " * 5000, max_tokens=8)
+
+
+def test_it_learns_and_serves_what_it_learned(service: Any, client: openai.OpenAI) -> None:
+    service.wait_for_step(3)
+    reply = client.completions.create(model="policy", prompt=QUESTION, max_tokens=4)
+    assert reply.model_extra["mentor"]["policy_version"] >= 3
+    training = service.get("/v1/training")
+    assert training["live_version"] >= 3
+    assert training["groups"]["consumed"] >= 3 * 4
+    kept = client.completions.create(
+        model=f"policy@{training['live_version'] - 1}", prompt=QUESTION, max_tokens=4
+    )
+    assert kept.model_extra["mentor"]["policy_version"] == training["live_version"] - 1
+
+
+def test_sql_answers_beside_the_running_service(service: Any) -> None:
+    service.wait_for_step(3)
+    ((num_updates,),) = service.query("select count(*) from v_training_curve")
+    assert num_updates >= 3
+    kinds = dict(service.query("select kind, count(*) from trajectories group by kind"))
+    assert kinds["on_policy"] == 2 * kinds["mixed"]
+    for view in ("v_intervention_rate", "v_pass_rate", "v_staleness"):
+        assert service.query(f"select * from {view}"), view
+    service.query("select * from v_intervention_tokens")
+    ((too_old,),) = service.query(
+        "select count(*) from rollout_groups g join updates u on u.step = g.consumed_by_step "
+        "where u.policy_version - 1 - g.min_policy_version > 4"
+    )
+    assert too_old == 0
+
+
+def test_training_pauses_and_resumes(service: Any) -> None:
+    def post(path: str) -> None:
+        request = urllib.request.Request(service.base_url + path, method="POST", data=b"")
+        with urllib.request.urlopen(request, timeout=20) as response:
+            assert response.status == 200
+
+    post("/v1/training/pause")
+    service.wait_for(
+        lambda: service.get("/v1/training")["learner"]["phase"] == "paused", "the pause"
+    )
+    step = service.step()
+    assert service.get("/health/readiness")
+    post("/v1/training/resume")
+    service.wait_for_step(step + 1)
+
+
+def test_stop_finishes_requests_in_flight_and_a_restart_goes_on(
+    start_service: Callable[..., Any],
+) -> None:
+    first = start_service()
+    first.wait_for_step(2)
+    client = openai.OpenAI(base_url=f"{first.base_url}/v1", api_key="unused", max_retries=0)
+    chunks: list[Any] = []
+
+    def read_slowly() -> None:
+        stream = client.completions.create(
+            model="policy",
+            prompt=QUESTION,
+            max_tokens=300,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        chunks.extend(stream)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    first.wait_for(lambda: bool(chunks) or not reader.is_alive(), "the first chunk")
+    assert first.interrupt(signal.SIGTERM) == 0, first.output.read_text()[-3000:]
+    reader.join(timeout=30)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    ((step, version),) = first.query("select max(step), max(policy_version) from updates")
+    assert step >= 2
+
+    second = start_service(home=first.home, port=first.port)
+    second.wait_for_step(step)
+    training = second.get("/v1/training")
+    assert training["policy_version"] >= version
+    second.wait_for_step(step + 2)
+    second.kill_tree()
+
+    ((killed_at,),) = second.query("select max(step) from updates")
+    third = start_service(home=first.home, port=first.port)
+    third.wait_for_step(killed_at + 2)
+    assert third.interrupt(signal.SIGINT) == 0, third.output.read_text()[-3000:]
+    assert_every_group_was_used_once(third)
+
+
+def assert_every_group_was_used_once(service: Any) -> None:
+    """Updates are numbered without a gap, and each consumed exactly the groups it says."""
+    steps = [row[0] for row in service.query("select step from updates order by step")]
+    assert steps == list(range(1, len(steps) + 1))
+    differing = service.query(
+        "select u.step from updates u where u.num_groups != "
+        "(select count(*) from rollout_groups g where g.consumed_by_step = u.step)"
+    )
+    assert differing == []
+    assert service.query("select count(*) from rollout_groups where status = 'leased'") == [(0,)]
+    incomplete = service.query(
+        "select g.id from rollout_groups g where g.status != 'failed' and "
+        "(select count(*) from trajectories t where t.group_id = g.id) "
+        "!= g.num_on_policy + g.num_mixed"
+    )
+    assert incomplete == []
+    assert service.query("pragma integrity_check") == [("ok",)]

@@ -1,0 +1,139 @@
+import dataclasses
+import re
+import sqlite3
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from store_samples import group, update_record, version_record
+
+from mentor_serve.store import TrajectoryStore
+from mentor_serve.store.views import VIEWS
+
+GUIDE = Path(__file__).parents[2] / "docs" / "sql.md"
+QUERIES = re.findall(r"```sql\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def trained(store, run_id):
+    """Two updates: groups of version 0 and 0 in the first, 0 and 1 in the second."""
+    store.add_version(run_id, version_record(0))
+    for step, versions in ((1, (0, 0)), (2, (0, 1))):
+        for number, version in enumerate(versions):
+            store.add_group(run_id, group(number=10 * step + number, version=version))
+        leased = store.lease_groups(run_id, num_groups=2, owner="a", lease_s=60)
+        store.commit_update(
+            run_id,
+            owner="a",
+            group_ids=[item.group_id for item in leased],
+            update=update_record(step, entropy=0.1 * step),
+            version=version_record(step),
+        )
+    store.add_event(run_id, kind="expert_down", severity="warning", message="no answer")
+    return run_id
+
+
+def rows(store, query):
+    with store._read("testing a view") as connection:
+        return [dict(row) for row in connection.execute(text(query)).mappings()]
+
+
+def test_training_curve_has_a_row_for_each_update(store, trained):
+    found = rows(store, "SELECT * FROM v_training_curve ORDER BY step")
+    assert [(row["step"], row["policy_version"]) for row in found] == [(1, 1), (2, 2)]
+    assert found[0]["run_name"] == "test"
+    assert found[1]["entropy"] == pytest.approx(0.2)
+    assert set(found[0]) == {
+        *(field.name for field in dataclasses.fields(update_record(1))),
+        "run_id",
+        "run_name",
+    }
+
+
+def test_intervention_rate_is_by_version_and_over_tokens(store, trained):
+    found = rows(store, "SELECT * FROM v_intervention_rate ORDER BY policy_version")
+    assert [(row["policy_version"], row["num_trajectories"]) for row in found] == [(0, 3), (1, 1)]
+    assert (found[0]["num_tokens"], found[0]["num_gated"]) == (15, 3)
+    assert found[0]["gated_share"] == pytest.approx(0.2)
+    assert found[0]["intervention_rate"] == pytest.approx(0.2)
+    mixed = group().trajectories[-1].rollout
+    assert found[0]["mean_weight"] == pytest.approx(float(mixed.weights.mean()))
+    assert found[0]["mean_entropy"] == pytest.approx(float(mixed.entropies.mean()))
+
+
+def test_intervention_tokens_count_replacements(store, trained):
+    assert rows(store, "SELECT * FROM v_intervention_tokens") == [
+        {
+            "run_id": trained,
+            "proposed_token_id": 7,
+            "proposed_text": " wait",
+            "chosen_token_id": 9,
+            "chosen_text": " verify",
+            "num_interventions": 4,
+            "mean_entropy": 2.5,
+            "mean_weight": 0.75,
+        }
+    ]
+
+
+def test_pass_rate_counts_on_policy_responses_alone(store, trained):
+    found = rows(store, "SELECT * FROM v_pass_rate ORDER BY policy_version")
+    assert [
+        (row["policy_version"], row["num_trajectories"], row["num_passed"], row["pass_rate"])
+        for row in found
+    ] == [(0, 6, 3, 0.5), (1, 2, 1, 0.5)]
+    assert found[0]["mean_reward"] == pytest.approx(0.55)
+
+
+def test_staleness_counts_from_the_version_an_update_started_from(store, trained):
+    found = rows(store, "SELECT * FROM v_staleness ORDER BY step, staleness")
+    assert [(row["step"], row["staleness"], row["num_groups"]) for row in found] == [
+        (1, 0, 2),
+        (2, 0, 1),
+        (2, 1, 1),
+    ]
+
+
+def test_numbers_are_floats_and_integers_on_every_database(store, trained):
+    for view in VIEWS:
+        for row in rows(store, f"SELECT * FROM {view}"):
+            kinds = {type(value).__name__ for value in row.values()}
+            assert kinds <= {"int", "float", "str", "NoneType", "datetime"}, view
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_plain_sqlite3_reads_every_view(store, trained, url, view):
+    if not url.startswith("sqlite"):
+        pytest.skip("a property of SQLite files")
+    path = url.removeprefix("sqlite:///")
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    assert connection.execute(f"SELECT * FROM {view}").fetchall()
+    connection.close()
+
+
+def test_views_of_an_empty_database_are_empty(url):
+    with TrajectoryStore(url) as store:
+        for view in VIEWS:
+            assert rows(store, f"SELECT * FROM {view}") == []
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: " ".join(query.split())[:50])
+def test_queries_of_the_guide_answer(store, trained, query):
+    assert rows(store, query) or "NOT EXISTS" in query
+
+
+def test_the_guide_finds_what_only_mixed_rollouts_solve(store, run_id):
+    new = group(num_on_policy=1, num_mixed=2, number=3)
+    store.add_group(run_id, new)
+    store.add_group(run_id, group(num_on_policy=2, number=4))
+    (query,) = (query for query in QUERIES if "NOT EXISTS" in query)
+    assert rows(store, query) == [{"prompt": new.task.prompt, "num_mixed_solved": 2}]
+
+
+def test_the_guide_names_every_table_and_view(url):
+    guide = GUIDE.read_text(encoding="utf-8")
+    assert len(QUERIES) >= 8
+    from mentor_serve.store.models import Base
+
+    for name in [*Base.metadata.tables, *VIEWS]:
+        assert f"`{name}`" in guide
