@@ -12,7 +12,6 @@ from typing import Any
 from alembic import context
 from sqlalchemy import Connection, Engine
 
-from mentor_serve.settings import load_settings
 from mentor_serve.store.columns import JsonText, PlainText, UtcTimestamp
 from mentor_serve.store.connection import open_engine, parse_url
 from mentor_serve.store.models import Base
@@ -48,6 +47,13 @@ def run_with_engine(engine: Engine) -> None:
         run(connection)
 
 
+def configured_url() -> str:
+    """The URL in the settings, which only the plain `alembic` command needs."""
+    from mentor_serve.settings import load_settings
+
+    return load_settings().database_url
+
+
 def main() -> None:
     """Entry point: Alembic executes this file."""
     given = context.config.attributes.get("connection")
@@ -56,7 +62,7 @@ def main() -> None:
     elif isinstance(given, Engine):
         run_with_engine(given)
     elif context.is_offline_mode():
-        url = parse_url(load_settings().database_url)
+        url = parse_url(configured_url())
         context.configure(
             dialect_name=url.get_backend_name(),
             target_metadata=Base.metadata,
@@ -66,7 +72,7 @@ def main() -> None:
         with context.begin_transaction():
             context.run_migrations()
     else:
-        engine = open_engine(load_settings().database_url, pool_size=1)
+        engine = open_engine(configured_url(), pool_size=1)
         try:
             run_with_engine(engine)
         finally:

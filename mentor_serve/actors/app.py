@@ -10,7 +10,7 @@ from mentor_serve.actors.collector import collector_deployment
 from mentor_serve.actors.expert import expert_deployment
 from mentor_serve.actors.gateway import gateway_deployment
 from mentor_serve.actors.policy import policy_deployment
-from mentor_serve.actors.runtime import prepare_state
+from mentor_serve.actors.runtime import open_run, open_store, prepare_state
 from mentor_serve.models.loading import load_config, load_tokenizer
 from mentor_serve.models.vocabulary import check_same_vocabulary
 from mentor_serve.settings import Settings
@@ -34,6 +34,8 @@ def check_settings(settings: Settings) -> None:
 def build_application(settings: Settings) -> serve.Application:
     """The application; checks the settings first (see `check_settings` for what it raises)."""
     check_settings(settings)
+    with open_store(settings) as store:
+        open_run(settings, store, announce=True)
     # Replicas have other working directories: paths travel resolved.
     settings = settings.model_copy(update={"home": settings.home.resolve()})
     expert = None

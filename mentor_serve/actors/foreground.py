@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import logging
 import os
 import signal
 import subprocess
@@ -29,7 +29,7 @@ from mentor_serve.actors.lifecycle import (
 from mentor_serve.actors.runtime import open_run, open_store, prepare_state
 from mentor_serve.errors import ConfigError, StoreError
 from mentor_serve.settings import ENV_PREFIX, Settings
-from mentor_serve.store import TrajectoryStore
+from mentor_serve.store import TrainingStatus, TrajectoryStore
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +45,9 @@ def run_in_foreground(settings: Settings, *, with_dashboard: bool) -> None:
         SchemaOutOfDate, StoreError: the database cannot be used.
     """
     console = Console(stderr=True)
+    # The console belongs to our own lines; every part of the service logs to files and stderr.
+    for library in ("ray", "ray.serve", "alembic"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     with _handled_signals() as stop, _owned_state(settings):
         if with_dashboard:
             check_port_is_free(
@@ -184,11 +187,27 @@ def _watch(console: Console, settings: Settings, stop: threading.Event) -> None:
 
 def _status_line(store: TrajectoryStore, run_id: str) -> str:
     try:
-        return format_status(store.training_status(run_id).as_dict())
+        return format_status(store.training_status(run_id))
     except StoreError as error:
         return f"the store does not answer: {error}"
 
 
-def format_status(status: dict[str, object]) -> str:
-    """One line for people from `TrajectoryStore.training_status`."""
-    return json.dumps(status, default=str)
+def format_status(status: TrainingStatus) -> str:
+    """One line for people."""
+    parts = [f"step {status.step}", f"version {_or_dash(status.live_version)} live"]
+    if status.pass_rate_first is not None and status.pass_rate_last is not None:
+        gain = 100 * (status.pass_rate_last - status.pass_rate_first)
+        parts.append(f"pass rate {status.pass_rate_last:.0%} ({gain:+.0f} points)")
+    if status.mean_reward_on_policy is not None:
+        mixed = status.mean_reward_mixed
+        beside = "" if mixed is None else f", mixed {mixed:.2f}"
+        parts.append(f"reward {status.mean_reward_on_policy:.2f}{beside}")
+    parts.append(f"{status.groups_per_minute:.0f} groups/min")
+    parts.append(f"{status.groups.get('ready', 0)} ready")
+    if status.alpha is not None and status.gamma is not None:
+        parts.append(f"alpha {status.alpha:.2f}, gamma {status.gamma:.2f}")
+    return " | ".join(parts)
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)

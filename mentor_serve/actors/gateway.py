@@ -33,7 +33,7 @@ from mentor_serve.serving.backend import (
 from mentor_serve.settings import Settings
 from mentor_serve.store import TrajectoryStore
 from mentor_serve.types import RolloutRequest, TrajectoryKind
-from mentor_serve.weights import list_snapshots
+from mentor_serve.weights import Snapshot, list_snapshots
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +56,7 @@ class GatewayBackend:
         self._expert = handles.get(names.EXPERT)
         self._tokenizer: Any = None
         self._state: tuple[float, PolicyState] | None = None
+        self._kept: tuple[float, list[Snapshot]] | None = None
         self._started_at = int(time.time())
         self.is_draining = False
         self._num_in_flight = 0
@@ -86,7 +87,7 @@ class GatewayBackend:
                 ModelCard(id="mentor", created=created, is_mixed=True, policy_version=live),
                 ModelCard(id="expert", created=created, root=self._settings.expert.model),
             ]
-        kept = await asyncio.to_thread(list_snapshots, self._settings.weights_dir)
+        kept = await self._kept_snapshots()
         cards += [
             ModelCard(
                 id=f"policy@{snapshot.version}",
@@ -213,12 +214,19 @@ class GatewayBackend:
     async def weights(self) -> Sequence[Mapping[str, Any]]:
         """Every version of the run, newest first, and whether its snapshot is kept."""
         versions = await asyncio.to_thread(self._store.list_versions, self._run_id)
-        kept = await asyncio.to_thread(list_snapshots, self._settings.weights_dir)
+        kept = await self._kept_snapshots()
         kept_versions = {snapshot.version for snapshot in kept}
         return [
             {**asdict(version), "is_kept": version.version in kept_versions}
             for version in reversed(versions)
         ]
+
+    async def _kept_snapshots(self) -> list[Snapshot]:
+        now = time.monotonic()
+        if self._kept is None or now - self._kept[0] >= STATE_MAX_AGE_S:
+            kept = await asyncio.to_thread(list_snapshots, self._settings.weights_dir)
+            self._kept = (now, kept)
+        return self._kept[1]
 
     async def _policy_state(self) -> PolicyState:
         now = time.monotonic()

@@ -57,13 +57,13 @@ def start_ray() -> None:
     """A local cluster for this service alone, or the one that RAY_ADDRESS names."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, namespace=names.NAMESPACE, logging_level=logging.WARNING)
+        ray.init(address=address, namespace=names.NAMESPACE, logging_level=logging.ERROR)
         return
     ray.init(
         namespace=names.NAMESPACE,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         # Replicas book fractions of a CPU that add up to about 2, also on a smaller machine.
         num_cpus=max(4, os.cpu_count() or 1),
     )

@@ -21,8 +21,9 @@ def enter_process(settings: Settings, *, role: str, num_threads: int | None = No
         format=settings.telemetry.log_format,
         file=settings.logs_dir / f"{role}.log",
     )
-    # Serve logs every request at INFO; the gateway's own access log says more in one line.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Serve logs every request, Alembic every look at the schema at INFO.
+    for library in ("ray.serve", "alembic"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     if num_threads:
         import torch
 

@@ -90,7 +90,7 @@ class WeightStore:
 
     def _restore(self, settings: Settings) -> PublishedWeights | None:
         with open_store(settings) as store:
-            run_id = open_run(settings, store, announce=True)
+            run_id = open_run(settings, store)
             for version in reversed(store.list_versions(run_id)):
                 try:
                     return _put(read_snapshot(snapshot_path(settings.weights_dir, version.version)))

@@ -137,7 +137,8 @@ class Batch:
         if (offset >= DRAW_BLOCK).any():
             # All rows at once, so that they run out together and this stays rare.
             self.draw_base[:n] = self.num_new[:n]
-            self.draws[:n] = self._fresh_draws(n)
+            fresh = self._fresh_draws(n)
+            self.draws[:n, : fresh.shape[1]] = fresh
             offset = np.zeros(n, np.int64)
         current: NDArray[np.float64] = self.draws[np.arange(n), offset]
         return current
@@ -185,13 +186,12 @@ class Batch:
         return sources, targets
 
     def _fresh_draws(self, n: int) -> NDArray[np.float64]:
-        positions = (
-            torch.from_numpy(self.num_new[:n])[:, None, None] + torch.arange(DRAW_BLOCK)[:, None]
-        )
+        most = int((self.limit[:n] - self.num_new[:n]).max())
+        offsets = torch.arange(min(DRAW_BLOCK, most))[:, None]
         drawn = uniforms(
             torch.from_numpy(self.seed[:n])[:, None, None],
             torch.from_numpy(self.sample[:n])[:, None, None],
-            positions,
+            torch.from_numpy(self.num_new[:n])[:, None, None] + offsets,
             torch.arange(_NUM_BLOCK_STREAMS),
         )
         block: NDArray[np.float64] = drawn.numpy()

@@ -107,7 +107,11 @@ class ExpertServer:
         self.slots = SlotModel(model, max_slots=max_sequences, max_tokens=max_tokens)
         self._max_sequences = max_sequences
         self._slot_of: OrderedDict[int, int] = OrderedDict()
+        """Slot of each sequence, the least recently asked about first."""
+        self._free = list(range(max_sequences))
         self._tokens: list[list[int]] = [[] for _ in range(max_sequences)]
+        self._by_prefix: dict[tuple[int, ...], set[int]] = {}
+        """Slots by their first `_MIN_SHARED_TOKENS` tokens, to find prefixes worth copying."""
         self._lock = threading.Lock()
 
     def advise(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]:
@@ -132,6 +136,7 @@ class ExpertServer:
                 slot = self._slot_of.pop(sequence_id, None)
                 if slot is not None:
                     self._forget(slot)
+                    self._free.append(slot)
 
     def _answer(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]:
         first, second = self._place(queries)
@@ -153,38 +158,46 @@ class ExpertServer:
                 self._slot_of.move_to_end(query.sequence_id)
         first: list[int] = []
         second: list[tuple[int, int]] = []
-        fresh: dict[int, Sequence[int]] = {}
+        fresh: dict[tuple[int, ...], int] = {}
         for index, query in enumerate(queries):
             if query.sequence_id in self._slot_of:
                 first.append(index)
                 continue
-            kept = {slot: self._tokens[slot] for slot in self._slot_of.values()}
-            source = _best_prefix(query.token_ids, kept)
+            source = self._best_prefix(query.token_ids)
             slot = self._take_slot(query.sequence_id)
+            key = _prefix_key(query.token_ids)
             if source is not None and source != slot:
                 self._copy_prefix(source, query)
                 first.append(index)
-            elif (pending := _best_prefix(query.token_ids, fresh)) is not None:
-                second.append((index, pending))
+            elif key in fresh:
+                second.append((index, fresh[key]))
             else:
-                fresh[slot] = query.token_ids
+                if key is not None:
+                    fresh[key] = slot
                 first.append(index)
         return first, second
 
     def _take_slot(self, sequence_id: int) -> int:
-        if len(self._slot_of) < self._max_sequences:
-            slot = min(set(range(self._max_sequences)) - set(self._slot_of.values()))
+        if self._free:
+            slot = self._free.pop()
         else:
             _, slot = self._slot_of.popitem(last=False)
-        self._forget(slot)
+            self._forget(slot)
         self._slot_of[sequence_id] = slot
         return slot
+
+    def _best_prefix(self, tokens: Sequence[int]) -> int | None:
+        """The slot that shares the longest prefix with `tokens`, if one is worth a copy."""
+        key = _prefix_key(tokens)
+        slots = self._by_prefix.get(key, ()) if key is not None else ()
+        shared = {slot: _common_prefix(self._tokens[slot], tokens) for slot in slots}
+        return max(shared, key=lambda slot: shared[slot], default=None)
 
     def _copy_prefix(self, source: int, query: ExpertQuery) -> None:
         slot = self._slot_of[query.sequence_id]
         shared = _common_prefix(self._tokens[source], query.token_ids)
         self.slots.copy(source, [slot], num_tokens=shared)
-        self._tokens[slot] = list(query.token_ids[:shared])
+        self._remember(slot, query.token_ids[:shared])
 
     def _read(
         self, queries: Sequence[ExpertQuery], indices: Sequence[int], logits: dict[int, Tensor]
@@ -199,14 +212,24 @@ class ExpertServer:
             # Reads at least the last token, whose logits are asked for.
             start = min(shared, len(query.token_ids) - 1)
             self.slots.truncate(slot, start)
-            self._tokens[slot] = list(query.token_ids)
+            self._remember(slot, query.token_ids)
             slots.append(slot)
             pending.append(list(query.token_ids[start:]))
         logits.update(zip(indices, self.slots.extend(slots, pending), strict=True))
 
     def _forget(self, slot: int) -> None:
         self.slots.truncate(slot, 0)
-        self._tokens[slot] = []
+        self._remember(slot, ())
+
+    def _remember(self, slot: int, tokens: Sequence[int]) -> None:
+        old, new = _prefix_key(self._tokens[slot]), _prefix_key(tokens)
+        self._tokens[slot] = list(tokens)
+        if old is not None and old != new:
+            self._by_prefix[old].discard(slot)
+            if not self._by_prefix[old]:
+                del self._by_prefix[old]
+        if new is not None:
+            self._by_prefix.setdefault(new, set()).add(slot)
 
     def _check(self, query: ExpertQuery) -> None:
         vocab_size, most = self.slots.vocab_size, self.slots.max_tokens
@@ -269,11 +292,6 @@ def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next(index for index, (ours, theirs) in enumerate(pairs) if ours != theirs)
 
 
-def _best_prefix(tokens: Sequence[int], candidates: dict[int, Any]) -> int | None:
-    """The slot whose sequence shares the longest worthwhile prefix with `tokens`."""
-    best, best_length = None, _MIN_SHARED_TOKENS - 1
-    for slot, other in candidates.items():
-        length = _common_prefix(other, tokens)
-        if length > best_length:
-            best, best_length = slot, length
-    return best
+def _prefix_key(tokens: Sequence[int]) -> tuple[int, ...] | None:
+    """The first tokens of a sequence, or None where it is too short to be worth sharing."""
+    return tuple(tokens[:_MIN_SHARED_TOKENS]) if len(tokens) >= _MIN_SHARED_TOKENS else None

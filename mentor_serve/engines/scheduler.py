@@ -28,6 +28,7 @@ class Job:
     """Samples that wait or run."""
     prompt_logprobs: FloatArray | None = None
     """Filled by the first prefill where the request wants them."""
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

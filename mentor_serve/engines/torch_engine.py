@@ -254,14 +254,14 @@ class TorchEngine:
             if row.prefill_version == self._version
         }
         to_read: list[int] = []
-        to_copy: list[tuple[int, int]] = []
+        to_copy: dict[int, list[int]] = {}
         for job, sample in admitted:
             slot = self._batch.add(self._row(job, sample))
             needs_scores = job.request.prompt_logprobs and job.prompt_logprobs is None
             if needs_scores:
                 self._score_prompt(slot, job)
             elif job.prompt in readers:
-                to_copy.append((readers[job.prompt], slot))
+                to_copy.setdefault(readers[job.prompt], []).append(slot)
             elif len(job.prompt) > 1:
                 to_read.append(slot)
             readers.setdefault(job.prompt, slot)
@@ -269,10 +269,10 @@ class TorchEngine:
             prompts = [self._batch.rows[slot].job.prompt[:-1] for slot in to_read]
             self._policy.extend(to_read, prompts)
             self._stats.prefill_tokens += sum(len(prompt) for prompt in prompts)
-        for source, slot in to_copy:
-            count = len(self._batch.rows[slot].job.prompt) - 1
-            self._policy.copy(source, [slot], num_tokens=count)
-            self._stats.shared_prefill_tokens += count
+        for source, slots in to_copy.items():
+            count = len(self._batch.rows[source].job.prompt) - 1
+            self._policy.copy(source, slots, num_tokens=count)
+            self._stats.shared_prefill_tokens += count * len(slots)
 
     def _row(self, job: Job, sample: int) -> Row:
         self._next_sequence_id += 1
@@ -287,14 +287,20 @@ class TorchEngine:
         """Prefill one prompt and record the log-probability of each of its tokens."""
         logprobs = np.full(len(job.prompt), np.nan, np.float32)
         temperature = torch.tensor([self._batch.temperature[slot]], device=self._device)
+        num_top = job.request.sampling.top_logprobs
+        tops: list[list[tuple[int, float]]] = [[]]
         at = 1
         for logits in self._policy.score(slot, job.prompt[:-1]):
             count = len(logits)
             read = torch.tensor(job.prompt[at : at + count], device=logits.device).unsqueeze(-1)
             policy = distribution(logits, temperature.expand(count))
             logprobs[at : at + count] = policy.logprobs.gather(-1, read).squeeze(-1).cpu().numpy()
+            best = policy.logprobs.topk(num_top)
+            rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            tops += [list(zip(ids, values, strict=True)) for ids, values in rows]
             at += count
         job.prompt_logprobs = logprobs
+        job.prompt_top_logprobs = tops if num_top else None
         self._stats.prefill_tokens += len(job.prompt) - 1
 
     def _draft(self) -> Draft:
@@ -427,6 +433,7 @@ class TorchEngine:
             interventions=row.interventions,
             top_logprobs=row.top_logprobs if sampling.top_logprobs else None,
             prompt_logprobs=job.prompt_logprobs,
+            prompt_top_logprobs=job.prompt_top_logprobs,
             latency_s=time.perf_counter() - job.submitted_at,
             expert_lost=row.expert_lost,
         )

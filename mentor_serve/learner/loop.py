@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,6 +85,7 @@ class Learner:
         self._resumed = threading.Event()
         self._resumed.set()
         self._status = LearnerStatus(max_steps=config.max_steps)
+        self._observers: list[Callable[[UpdateRecord], None]] = []
 
     def start(self) -> None:
         """Become the run's only learner, return to its newest version, and publish it.
@@ -159,6 +161,7 @@ class Learner:
                     last_step_at=started,
                     last_step_time_s=record.step_time_s,
                 )
+                self._tell_observers(record)
             return record
 
     def rollback(self, version: int) -> VersionRecord:
@@ -172,6 +175,13 @@ class Learner:
         """
         with self._lock:
             return self._trainer.rollback(version)
+
+    def add_observer(self, observe: Callable[[UpdateRecord], None]) -> None:
+        """Call `observe` after each committed update (metrics, trackers).
+
+        An observer that raises leaves an event; the update stands.
+        """
+        self._observers.append(observe)
 
     def pause(self) -> None:
         """Let a running step end and start no other; collection goes on."""
@@ -211,6 +221,13 @@ class Learner:
             alpha=state.alpha,
             gamma=state.gamma,
         )
+
+    def _tell_observers(self, record: UpdateRecord) -> None:
+        for observe in self._observers:
+            try:
+                observe(record)
+            except Exception as error:
+                self._journal.add("observer_failed", "warning", last_line(error))
 
     def _note_failure(self, error: Exception) -> None:
         line = last_line(error)

@@ -137,6 +137,15 @@ def update_record(
     )
 
 
+def tracked_numbers(record: UpdateRecord) -> dict[str, float]:
+    """The numbers of an update by column name, as a tracker takes them."""
+    return {
+        name: float(value)
+        for name, value in asdict(record).items()
+        if isinstance(value, int | float)
+    }
+
+
 def version_record(snapshot: Snapshot) -> VersionRecord:
     """The row of `policy_versions` for a snapshot on disk."""
     return VersionRecord(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -238,6 +239,6 @@ def chat_router(context: Context) -> APIRouter:
             return EventStream(writer.events(events), request_id=request_id_of(request))
         work = generate_all(context.backend, job)
         (generation,) = await until_disconnect(request, work, timeout_s=context.request_timeout_s)
-        return writer.completion(generation)
+        return await asyncio.to_thread(writer.completion, generation)
 
     return router

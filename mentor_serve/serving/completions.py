@@ -6,6 +6,7 @@ harnesses measure log-likelihoods.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -248,8 +249,8 @@ def completions_router(context: Context) -> APIRouter:
             events = await start_stream(context, request, job)
             return EventStream(writer.events(events), request_id=request_id_of(request))
         work = generate_all(context.backend, job)
-        return writer.completion(
-            await until_disconnect(request, work, timeout_s=context.request_timeout_s)
-        )
+        generations = await until_disconnect(request, work, timeout_s=context.request_timeout_s)
+        # Spelling out a batch of scored prompts takes seconds, which other requests must not wait.
+        return await asyncio.to_thread(writer.completion, generations)
 
     return router

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -30,6 +31,7 @@ from mentor_serve.serving.backend import NotFoundError, OverloadedError, Unknown
 logger = logging.getLogger(__name__)
 
 _MAX_PARAMETER_ERRORS = 4
+_UNION_SIDE = re.compile(r"str|list\[.*\]|texts?|token_ids|token_id_lists")
 
 
 class ApiError(Exception):
@@ -142,8 +144,9 @@ def as_api_error(error: BaseException, *, request_id: str) -> ApiError:
 
 
 def _location(parts: Sequence[Any]) -> str | None:
+    """The field as the client wrote it, without pydantic's names for the sides of a union."""
     names = [str(part) for part in parts if part not in {"body", "query", "path", "header"}]
-    return ".".join(names) or None
+    return ".".join(name for name in names if not _UNION_SIDE.fullmatch(name)) or None
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
@@ -174,7 +177,7 @@ def _from_http(error: HTTPException, request: Request) -> ApiError:
         detail = f"no route {request.method} {request.url.path}; see /docs for the routes"
     elif error.status_code == 405:
         detail = f"{request.method} is not offered on {request.url.path}"
-    code = HTTPStatus(error.status_code).name.lower()
+    code = HTTPStatus(error.status_code).name.lower().replace("entity_", "")
     return ApiError(error.status_code, detail, code=code, headers=error.headers)
 
 

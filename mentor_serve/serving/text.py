@@ -41,6 +41,8 @@ class TextCodec:
         self._load = load_tokenizer
         self._tokenizer: Any = None
         self._added: dict[int, str] = {}
+        self._bytes: dict[int, bytes] = {}
+        """Spelled tokens; scoring a long prompt asks for the same ones again and again."""
         self._is_byte_level = False
         # Encoding may set truncation on the shared Rust object; two threads at once would raise.
         self._lock = threading.Lock()
@@ -145,6 +147,12 @@ class TextCodec:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, part of a character or not."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
         tokenizer = self.tokenizer
         if token_id in self._added:
             return self._added[token_id].encode()

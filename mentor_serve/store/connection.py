@@ -161,10 +161,13 @@ def _begin(connection: Connection) -> None:
 
 @contextmanager
 def translated(url: str, *, doing: str) -> Iterator[None]:
-    """Turn SQLAlchemy's exceptions into StoreError; the URL is shown without its password."""
+    """Turn SQLAlchemy's exceptions into StoreError; the URL is shown without its password.
+
+    So are those that drivers raise beside their own: integers beyond 64 bits, unpaired surrogates.
+    """
     try:
         yield
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "orig", None) or error
         raise StoreError(
             f"{doing} failed in {shown(url)}: {type(reason).__name__}: {reason}"

@@ -144,6 +144,25 @@ def release(connection: Connection, run_id: str, *, owner: str | None) -> int:
     return result.rowcount
 
 
+def fail(
+    connection: Connection, run_id: str, *, owner: str, group_ids: Sequence[str], error: str
+) -> int:
+    """Give up groups that `owner` holds, with the reason; returns how many it did hold."""
+    result = connection.execute(
+        update(RolloutGroup)
+        .where(
+            RolloutGroup.run_id == run_id,
+            RolloutGroup.id.in_(group_ids),
+            RolloutGroup.status == GroupStatus.LEASED.value,
+            RolloutGroup.lease_owner == owner,
+        )
+        .values(
+            status=GroupStatus.FAILED.value, error=error, lease_owner=None, lease_expires_at=None
+        )
+    )
+    return result.rowcount
+
+
 def mark_stale(
     connection: Connection, run_id: str, *, min_policy_version: int, now: datetime
 ) -> int:

@@ -131,6 +131,10 @@ class StatsReader:
         self.location = shown(url)
         """The URL without its password, for messages."""
 
+    def close(self) -> None:
+        """Give back the connections; a later query opens new ones."""
+        self._engine.dispose()
+
     @contextmanager
     def connection(self) -> Iterator[Connection]:
         """A read-only connection that sees one state of the database, for other queries."""

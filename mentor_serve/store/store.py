@@ -230,6 +230,11 @@ class TrajectoryStore:
         with self._write("releasing leases") as connection:
             return leases.release(connection, run_id, owner=owner)
 
+    def fail_groups(self, run_id: str, *, owner: str, group_ids: Sequence[str], error: str) -> int:
+        """Give up groups that `owner` holds because they cannot be trained on; how many."""
+        with self._write("giving up groups") as connection:
+            return leases.fail(connection, run_id, owner=owner, group_ids=group_ids, error=error)
+
     def mark_stale(self, run_id: str, *, min_policy_version: int) -> int:
         """Give up available groups with a token from before `min_policy_version`; how many."""
         with self._write("marking stale groups") as connection:

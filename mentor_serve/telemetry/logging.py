@@ -1,78 +1,127 @@
-"""Structured logs: structlog in front, the standard library behind, one format for both.
+"""One log stream for the whole process: structlog's and the standard library's records alike.
 
-Libraries that log through `logging` (Ray, uvicorn, transformers) come out in the same lines as our
-own events. `console` is for people, `json` is one object a line for programs.
+Modules log through `logging.getLogger(__name__)` or `structlog.get_logger()`; both end in the same
+lines. `bind_context(run_id=..., policy_version=...)` adds fields to every later record of the
+same thread or task. Standard output stays free for the output of commands: logs go to standard
+error and, where asked for, to a file that is always JSON.
 """
 
 from __future__ import annotations
 
 import logging
-import logging.handlers
+import logging.config
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
+from structlog.types import Processor
 
-MAX_FILE_BYTES = 20 * 2**20
-NUM_OLD_FILES = 3
+from mentor_serve.errors import ConfigError
 
 LogFormat = Literal["console", "json"]
 
+MAX_FILE_BYTES = 20_000_000
+NUM_OLD_FILES = 3
+_NOISY = ("httpx", "httpcore", "urllib3", "filelock", "fsspec")
+
 
 def configure_logging(
-    level: str = "INFO", *, format: LogFormat = "console", file: Path | None = None
+    level: str = "INFO", format: LogFormat = "console", file: Path | None = None
 ) -> None:
-    """Send every log record to standard error, and to `file` (rotated) where given.
-
-    May be called again; the last call counts.
+    """Set up logging for this process; a later call replaces the former.
 
     Args:
         level: DEBUG, INFO, WARNING or ERROR.
-        format: of standard error; the file is always JSON.
-        file: its directory is made where missing.
+        format: `console` for people, `json` (one object a line) for programs.
+        file: also write JSON lines there, rotated at 20 MB; its directory is made.
+
+    Raises:
+        ConfigError: an unknown level or format, or a file that cannot be written.
     """
-    shared: list[structlog.typing.Processor] = [
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ConfigError(f"log level: expected DEBUG, INFO, WARNING or ERROR, got {level!r}")
+    if format not in ("console", "json"):
+        raise ConfigError(f"log format: expected console or json, got {format!r}")
+    structlog.configure(
+        processors=[*_shared(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        # A cached logger would keep a former set-up after a second call.
+        cache_logger_on_first_use=False,
+    )
+    handlers: dict[str, Any] = {
+        "stderr": {"class": "logging.StreamHandler", "formatter": format, "stream": sys.stderr}
+    }
+    if file is not None:
+        _check_writable(file)
+        handlers["file"] = {
+            "class": "logging.handlers.RotatingFileHandler",
+            "formatter": "json",
+            "filename": str(file),
+            "maxBytes": MAX_FILE_BYTES,
+            "backupCount": NUM_OLD_FILES,
+            "encoding": "utf-8",
+        }
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"console": _formatter("console"), "json": _formatter("json")},
+            "handlers": handlers,
+            "root": {"handlers": list(handlers), "level": level},
+            # Third parties that report every request or lock at INFO.
+            "loggers": {name: {"level": "WARNING"} for name in _NOISY},
+        }
+    )
+    logging.captureWarnings(True)
+
+
+def bind_context(**fields: Any) -> None:
+    """Add fields to every later record of this thread or task."""
+    structlog.contextvars.bind_contextvars(**fields)
+
+
+def clear_context() -> None:
+    """Forget the fields of `bind_context`."""
+    structlog.contextvars.clear_contextvars()
+
+
+def _shared() -> list[Processor]:
+    """What every record goes through, whichever library it came from."""
+    return [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,
-    )
-    handlers: list[logging.Handler] = [_handler(logging.StreamHandler(sys.stderr), shared, format)]
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rotating = logging.handlers.RotatingFileHandler(
-            file, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8"
-        )
-        handlers.append(_handler(rotating, shared, "json"))
-    root = logging.getLogger()
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-        old.close()
-    for handler in handlers:
-        root.addHandler(handler)
-    root.setLevel(level)
 
 
-def _handler(
-    handler: logging.Handler, shared: list[structlog.typing.Processor], format: LogFormat
-) -> logging.Handler:
-    final: list[structlog.typing.Processor]
+def _formatter(format: LogFormat) -> dict[str, Any]:
+    rendering: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if format == "json":
-        final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        rendering += [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ]
     else:
-        final = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
-        )
-    )
-    return handler
+        rendering.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+    return {
+        "()": structlog.stdlib.ProcessorFormatter,
+        "processors": rendering,
+        # Records of the standard library skip structlog's own chain.
+        "foreign_pre_chain": [*_shared(), structlog.stdlib.ExtraAdder()],
+    }
+
+
+def _check_writable(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"log file {file}: expected a file that can be written, got: {error.strerror}"
+        ) from error

@@ -12,6 +12,7 @@ from seeded_store import RUN_ID, SeededRun, empty_store, run_row, write_rows
 from streamlit.testing.v1 import AppTest
 
 from mentor_serve.store import models
+from mentor_serve.types import TokenSource
 
 PAGES = ("overview", "guidance", "learner", "trajectories")
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
@@ -152,17 +153,27 @@ def test_trajectories_are_filtered() -> None:
 def test_a_chosen_trajectory_is_drawn_token_by_token() -> None:
     app = open_page("trajectories", trajectory="t-g-00020-00-05")
     assert app.subheader[0].value.startswith("Mixed response")
-    html = app.get("html")[-1].proto.body
-    assert html.count("<span class=") == 3 + app_num_tokens("t-g-00020-00-05", html)
-    assert "mentor-expert" in html
+    html = response(app)
+    tokens = html.count('title="')
+    assert tokens > 20
+    assert html.count("<span class=") == tokens + len(TokenSource)  # and the legend
+    assert 'class="mentor-expert" title=' in html
     assert chart_titles(app) == ["Entropy along the response"]
     assert not app.info
 
 
-def app_num_tokens(trajectory_id: str, html: str) -> int:
-    """Tokens that the page drew, counted by their tooltips."""
-    assert trajectory_id not in html
-    return html.count('title="')
+@pytest.mark.usefixtures("seeded_url")
+def test_proposals_can_be_hidden() -> None:
+    app = open_page("trajectories", trajectory="t-g-00020-00-05")
+    assert "<del>" in response(app)
+    app.toggle(key="proposals").set_value(False).run()
+    assert "<del>" not in response(app)
+
+
+def response(app: AppTest) -> str:
+    """The HTML of the chosen trajectory's response."""
+    (html,) = (item.proto.body for item in app.get("html") if "mentor-text" in item.proto.body)
+    return str(html)
 
 
 @pytest.mark.usefixtures("seeded_url")
@@ -178,7 +189,7 @@ def test_without_a_tokenizer_ids_are_shown_with_the_reason(
     monkeypatch.setenv("MENTOR_SERVE_POLICY__MODEL", str(tmp_path / "gone"))
     app = open_page("trajectories", trajectory="t-g-00020-00-05")
     assert "Token ids instead of text" in app.info[0].value
-    assert ">[" in app.get("html")[-1].proto.body
+    assert ">[" in response(app)
 
 
 @pytest.mark.usefixtures("seeded_url")

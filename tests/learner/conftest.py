@@ -1,18 +1,9 @@
 """One migrated SQLite database a test."""
 
 import pytest
-import torch
+from learner_samples import QueueStore
 
-from mentor_serve.store import TrajectoryStore, upgrade
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bit-for-bit comparisons need one order of summation."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from mentor_serve.store import upgrade
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +23,7 @@ def url(empty_database, tmp_path):
 
 @pytest.fixture
 def store(url):
-    with TrajectoryStore(url) as opened:
+    with QueueStore(url) as opened:
         yield opened
 
 

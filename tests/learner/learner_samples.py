@@ -2,12 +2,20 @@
 
 import numpy as np
 import torch
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, text, update
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mentor_serve.errors import WeightsError
 from mentor_serve.learner import Learner, LearnerConfig, TorchBackend, UpdateConfig
-from mentor_serve.store import LeasedGroup, LeasedTrajectory, NewGroup, NewTrajectory, new_id
+from mentor_serve.store import (
+    LeasedGroup,
+    LeasedTrajectory,
+    NewGroup,
+    NewTrajectory,
+    TrajectoryStore,
+    new_id,
+)
+from mentor_serve.store.models import RolloutGroup
 from mentor_serve.types import (
     Guidance,
     Rollout,
@@ -208,3 +216,18 @@ def consumed_steps(url):
         found = {row.id: (row.status, row.consumed_by_step) for row in rows}
     engine.dispose()
     return found
+
+
+class QueueStore(TrajectoryStore):
+    """A store whose `commit_update` and `set_live` may be interrupted by a test."""
+
+    def fail_groups(self, run_id, *, owner, group_ids, error):
+        """Mark leased groups of `owner` as failed."""
+        held = update(RolloutGroup).where(
+            RolloutGroup.run_id == run_id,
+            RolloutGroup.id.in_(list(group_ids)),
+            RolloutGroup.lease_owner == owner,
+        )
+        values = {"status": "failed", "error": error, "lease_owner": None}
+        with self._write("failing groups") as connection:
+            return connection.execute(held.values(values)).rowcount

@@ -31,7 +31,7 @@ def test_the_first_token_that_differs_is_named() -> None:
 
 
 def test_a_token_that_one_side_lacks_is_named() -> None:
-    with pytest.raises(VocabularyMismatch, match="token id 2 is 'c' .* absent for the expert"):
+    with pytest.raises(VocabularyMismatch, match=r"token id 2 is 'c' .* absent for the expert"):
         check(FakeTokenizer("a", "b", "c"), FakeTokenizer("a", "b"), 3, 3)
 
 

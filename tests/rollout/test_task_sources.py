@@ -115,6 +115,12 @@ def test_no_seed_of_training_meets_a_seed_of_evaluation(seed: int) -> None:
     assert held_out["seed"] + held_out["size"] <= 2**32
 
 
+@pytest.mark.parametrize("number", [0, 2**16 + 1])
+def test_more_evaluation_tasks_than_the_seeds_allow_are_a_config_error(number: int) -> None:
+    with pytest.raises(ConfigError, match="expected 1 to 65536 evaluation tasks"):
+        gym_source().holdout(number)
+
+
 def test_neighbouring_seeds_of_training_share_no_item() -> None:
     seeds = [
         gym_source(seed=seed, size=1000).next_task().metadata["reasoning_gym"]["seed"]

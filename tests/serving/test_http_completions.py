@@ -120,11 +120,11 @@ async def test_echo_without_logprobs_repeats_token_id_prompts_as_text(backend):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"prompt": []}, "prompt.token_ids"),
+        ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
-        ({"prompt": [[]]}, "prompt.token_id_lists.0"),
-        ({"prompt": [1, "a"]}, "prompt.token_ids.1"),
-        ({"prompt": [-1]}, "prompt.token_ids.0"),
+        ({"prompt": [[]]}, "prompt.0"),
+        ({"prompt": [1, "a"]}, "prompt.1"),
+        ({"prompt": [-1]}, "prompt.0"),
         ({"prompt": ["a"] * 600, "n": 2}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),

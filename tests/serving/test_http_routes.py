@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import openai
 import pytest
 from serving_fakes import http_client, openai_client
+
+from mentor_serve.serving.requests import ChatRequest, CompletionRequest
+from mentor_serve.serving.wire import MentorReport, TokenRecord
 
 pytestmark = pytest.mark.anyio
 
@@ -23,10 +28,10 @@ async def test_models_are_listed_and_found(backend):
 
 async def test_tokenize_and_detokenize_are_inverse(backend):
     async with http_client(backend) as client:
-        text = "caf\u00e9<|end|>"
+        text = "na\u00efve<|end|>"
         body = {"model": "policy", "prompt": text, "return_token_strs": True}
         answer = (await client.post("/tokenize", json=body)).json()
-        assert answer["count"] == len(answer["tokens"]) == 6
+        assert answer["count"] == len(answer["tokens"]) == 7
         assert answer["max_model_len"] == 200
         assert answer["token_strs"][-1] == "<|end|>"
         back = await client.post("/detokenize", json={"tokens": answer["tokens"]})
@@ -92,6 +97,16 @@ async def test_weights_are_listed(backend):
     async with http_client(backend) as client:
         answer = (await client.get("/v1/weights")).json()
     assert answer["data"] == [{"version": 3, "is_live": True}]
+
+
+async def test_every_route_and_every_sampling_field_is_documented(backend):
+    page = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    async with http_client(backend) as client:
+        routes = (await client.get("/openapi.json")).json()["paths"]
+    fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    reports = {*MentorReport.model_fields, *TokenRecord.model_fields}
+    missing = [name for name in (*routes, *fields, *reports) if f"`{name}`" not in page]
+    assert missing == []
 
 
 async def test_the_description_of_the_api_can_be_made(backend):

@@ -138,6 +138,13 @@ def test_arrays_of_unequal_length_are_refused_and_leave_nothing(store, run_id):
     assert store.trajectories(run_id) == []
 
 
+def test_a_seed_beyond_64_bits_is_a_store_error(store, run_id):
+    new = dataclasses.replace(trajectory(), seed=2**63)
+    with pytest.raises(StoreError, match="storing a group failed"):
+        store.add_group(run_id, dataclasses.replace(group(), trajectories=[new]))
+    assert store.trajectories(run_id) == []
+
+
 def test_two_samples_of_one_index_are_refused(store, run_id):
     twice = dataclasses.replace(group(), trajectories=[trajectory(), trajectory()])
     with pytest.raises(StoreError, match="storing a group failed"):

@@ -6,10 +6,9 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
 from store_samples import group
 
-from mentor_serve.store import TrajectoryStore, database_check, new_id
+from mentor_serve.store import TrajectoryStore, database_check
 
 HERE = Path(__file__).parent
 
@@ -105,6 +104,18 @@ def test_groups_that_are_too_old_become_stale(store, run_id, clock):
         "stale": 2,
         "failed": 0,
     }
+
+
+def test_an_owner_gives_up_the_groups_it_holds_and_no_others(store, run_id):
+    ids = add_groups(store, run_id, 3)
+    lease_ids(store, run_id, 1, owner="a")
+    lease_ids(store, run_id, 1, owner="b")
+    assert store.fail_groups(run_id, owner="a", group_ids=ids, error="loss is NaN") == 1
+    counts = store.count_groups(run_id)
+    assert (counts["failed"], counts["leased"], counts["ready"]) == (1, 1, 1)
+    with store._read("x") as connection:
+        rows = connection.exec_driver_sql("SELECT id, error, lease_owner FROM rollout_groups")
+        assert ("loss is NaN", None) in [row[1:] for row in rows if row[0] == ids[0]]
 
 
 def test_threads_that_lease_together_get_disjoint_groups(store, run_id):
@@ -227,15 +238,14 @@ def test_old_tokens_of_finished_groups_can_be_pruned(store, run_id, clock):
     assert len(lease_ids(store, run_id, 1)) == 1
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_writers_wait_for_each_other(store, run_id, number):
+def test_writers_wait_for_each_other(store, run_id):
     """Eight threads that write at once all succeed: nobody sees a locked database."""
     failures = []
 
     def write():
         try:
             for _ in range(5):
-                store.add_group(run_id, group(group_id=new_id(), number=number))
+                store.add_group(run_id, group())
         except Exception as error:
             failures.append(error)
 

@@ -203,6 +203,26 @@ def test_foreign_keys_hold_again_after_an_upgrade(url):
     engine.dispose()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE rollout_groups SET status = 'new'",
+        "UPDATE trajectories SET kind = 'guess'",
+        "UPDATE trajectories SET status = 'new'",
+        "UPDATE events SET severity = 'fatal'",
+    ],
+)
+def test_the_database_refuses_unknown_words(url, change):
+    with TrajectoryStore(url) as store:
+        run_id = store.open_run("test", {})
+        store.add_group(run_id, group())
+        store.add_event(run_id, kind="test", severity="info", message="")
+    engine = open_engine(url)
+    with pytest.raises(StoreError, match="x failed"), writing(engine, url, doing="x") as connection:
+        connection.execute(text(change))
+    engine.dispose()
+
+
 UPGRADER = """
 import sys
 from mentor_serve.store import upgrade

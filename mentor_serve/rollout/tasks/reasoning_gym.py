@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Final
 
 from mentor_serve.errors import ConfigError
@@ -47,10 +46,8 @@ class ReasoningGymSource:
         train_seed = seed % (_HALF // size) * size
         holdout_seed = _HALF + seed % (_HALF // _HOLDOUT_SIZE) * _HOLDOUT_SIZE
         self._train = [_Generator(part, seed=train_seed, size=size) for part in parts]
-        # Built on demand: some data sets do real work when they are created.
-        self._build_holdout = [
-            partial(_Generator, part, seed=holdout_seed, size=_HOLDOUT_SIZE) for part in parts
-        ]
+        self._parts = list(parts)
+        self._holdout_seed = holdout_seed
         self._size = size
 
     def next_task(self) -> Task:
@@ -68,9 +65,14 @@ class ReasoningGymSource:
 
     def holdout(self, num_tasks: int) -> list[Task]:
         """Return tasks from seeds that training never uses, parts in turn."""
-        generators = [build() for build in self._build_holdout]
-        if num_tasks > _HOLDOUT_SIZE * len(generators):
-            raise ConfigError(f"expected at most {_HOLDOUT_SIZE} evaluation tasks, got {num_tasks}")
+        per_part = -(-num_tasks // len(self._parts))
+        if not 1 <= per_part <= _HOLDOUT_SIZE:
+            most = _HOLDOUT_SIZE * len(self._parts)
+            raise ConfigError(f"expected 1 to {most} evaluation tasks, got {num_tasks}")
+        # No larger than asked for: some data sets (acre) make all their items when created.
+        generators = [
+            _Generator(part, seed=self._holdout_seed, size=per_part) for part in self._parts
+        ]
         return [
             generators[n % len(generators)].task(n // len(generators), split=HOLDOUT_SPLIT)
             for n in range(num_tasks)
