@@ -52,3 +52,7 @@ class WeightsError(MentorError, RuntimeError):
 
 class StalePolicyError(MentorError, RuntimeError):
     """Data or a request belongs to a policy version that is no longer accepted."""
+
+
+class ServiceError(MentorError, RuntimeError):
+    """The service could not be started on the cluster."""

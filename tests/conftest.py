@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A shared machine may pause any example for longer than the default limit of 200 ms.
+settings.register_profile("mentor", deadline=None)
+settings.load_profile("mentor")
 
 TINY_VOCAB = 32
 TINY_WORDS = (

@@ -119,7 +119,9 @@ def line_with_band(
         y=_y(y, column=band.low), y2=alt.Y2(f"{band.high}:Q")
     )
     line = base.mark_line(
-        strokeWidth=2, color=colour, point={"size": 25} if len(frame) < POINTS_BELOW else False
+        strokeWidth=2,
+        color=colour,
+        point={"size": 25, "color": colour} if len(frame) < POINTS_BELOW else False,
     ).encode(y=_y(y, column=y.column))
     hover = base.mark_circle(size=120, opacity=0, color=colour).encode(
         y=_y(y, column=y.column),

@@ -13,6 +13,7 @@ from mentor_serve.actors.policy import policy_deployment
 from mentor_serve.actors.runtime import open_run, open_store, prepare_state
 from mentor_serve.models.loading import load_config, load_tokenizer
 from mentor_serve.models.vocabulary import check_same_vocabulary
+from mentor_serve.rollout.tasks import build_source
 from mentor_serve.settings import Settings
 
 
@@ -20,7 +21,8 @@ def check_settings(settings: Settings) -> None:
     """Find what can be found wrong before any process starts.
 
     Raises:
-        ConfigError: a model directory is missing, the state directory cannot be written.
+        ConfigError: a model directory is missing, the state directory cannot be written, a task
+            file is malformed.
         VocabularyMismatch: policy and expert cannot be mixed.
         SchemaOutOfDate, StoreError: the database cannot be used.
     """
@@ -28,6 +30,7 @@ def check_settings(settings: Settings) -> None:
     tokenizer, config = load_tokenizer(policy), load_config(policy)
     if expert != "none":
         check_same_vocabulary(tokenizer, load_tokenizer(expert), config, load_config(expert))
+    build_source(**settings.tasks.model_dump(exclude={"system_prompt"}))
     prepare_state(settings)
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mentor_serve.actors.app import build_application
 from mentor_serve.actors.lifecycle import (
     check_port_is_free,
     drain_service,
@@ -49,15 +50,18 @@ def run_in_foreground(settings: Settings, *, with_dashboard: bool) -> None:
     for library in ("ray", "ray.serve", "alembic"):
         logging.getLogger(library).setLevel(logging.ERROR)
     with _handled_signals() as stop, _owned_state(settings):
+        if not os.environ.get("RAY_ADDRESS"):
+            check_port_is_free(settings.gateway.host, settings.gateway.port, setting="gateway.port")
         if with_dashboard:
             check_port_is_free(
                 "127.0.0.1", settings.telemetry.dashboard_port, setting="telemetry.dashboard_port"
             )
         started = time.monotonic()
+        application = build_application(settings)
         console.print("Starting: policy, expert, collector, learner ...", style="dim")
         dashboard = _start_dashboard(settings) if with_dashboard else None
         try:
-            start_service(settings)
+            start_service(settings, application)
             _announce(console, settings, with_dashboard, time.monotonic() - started)
             _watch(console, settings, stop)
             console.print("Stopping: requests in flight finish, the queue stays stored ...")

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import ray
@@ -15,9 +16,8 @@ import structlog
 from ray import serve
 
 from mentor_serve.actors import names
-from mentor_serve.actors.app import build_application
 from mentor_serve.actors.supervisor import stop_learner
-from mentor_serve.errors import ConfigError
+from mentor_serve.errors import ConfigError, ServiceError
 from mentor_serve.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -36,11 +36,12 @@ def check_port_is_free(host: str, port: int, *, setting: str) -> None:
             ) from error
 
 
-def start_service(settings: Settings) -> None:
-    """Start Ray (or join the cluster of RAY_ADDRESS), deploy, and wait until it is healthy."""
-    if not os.environ.get("RAY_ADDRESS"):
-        check_port_is_free(settings.gateway.host, settings.gateway.port, setting="gateway.port")
-    application = build_application(settings)
+def start_service(settings: Settings, application: serve.Application) -> None:
+    """Start Ray (or join the cluster of RAY_ADDRESS), deploy, and wait until it is healthy.
+
+    Raises:
+        ServiceError: a deployment does not come up; says why.
+    """
     if not ray.is_initialized():
         start_ray()
     serve.start(
@@ -50,7 +51,20 @@ def start_service(settings: Settings) -> None:
             "request_timeout_s": settings.gateway.request_timeout_s,
         }
     )
-    serve.run(application, name=names.APPLICATION, route_prefix="/", logging_config=None)
+    try:
+        serve.run(application, name=names.APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise ServiceError(_why_not_deployed(settings, error)) from error
+
+
+def _why_not_deployed(settings: Settings, error: RuntimeError) -> str:
+    application = serve.status().applications.get(names.APPLICATION)
+    messages = [] if application is None else [d.message for d in application.deployments.values()]
+    # Serve's message is a traceback; its last line is the reason.
+    reasons = [message.strip().splitlines()[-1] for message in messages if message.strip()]
+    return (
+        f"the service did not start: {'; '.join(reasons) or error}; logs are in {settings.logs_dir}"
+    )
 
 
 def start_ray() -> None:
@@ -76,14 +90,21 @@ def drain_service(settings: Settings) -> None:
     the shutdown that follows, which is safe at any moment.
     """
     timeout_s = settings.gateway.drain_timeout_s + 5.0
-    for deployment, method in ((names.GATEWAY, "drain"), (names.COLLECTOR, "stop")):
-        try:
-            handle = serve.get_deployment_handle(deployment, names.APPLICATION)
-            handle.broadcast(method).results(timeout_s=timeout_s)
-        except Exception as error:
-            # Shutdown's boundary: whatever failed, the next part must still be stopped.
-            log.warning("drain_incomplete", deployment=deployment, error=str(error))
+    parts = ((names.GATEWAY, "drain"), (names.COLLECTOR, "stop"))
+    with ThreadPoolExecutor(max_workers=len(parts)) as pool:
+        for deployment, method in parts:
+            pool.submit(_broadcast, deployment, method, timeout_s)
+    # After the collectors: their supervisor would start the learner again.
     stop_learner(timeout_s)
+
+
+def _broadcast(deployment: str, method: str, timeout_s: float) -> None:
+    try:
+        handle = serve.get_deployment_handle(deployment, names.APPLICATION)
+        handle.broadcast(method).results(timeout_s=timeout_s)
+    except Exception as error:
+        # Shutdown's boundary: whatever failed here, the shutdown that follows is safe.
+        log.warning("drain_incomplete", deployment=deployment, error=str(error))
 
 
 def stop_service() -> None:

@@ -37,7 +37,7 @@ class LearnerSupervisor:
         """Watch until `stop_event`."""
         while not stop_event.is_set():
             problem = await self._problem()
-            if problem is not None:
+            if problem is not None and not stop_event.is_set():
                 await self._replace(problem)
             try:
                 await asyncio.wait_for(stop_event.wait(), POLL_INTERVAL_S)

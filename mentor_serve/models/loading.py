@@ -227,6 +227,6 @@ class _Readable:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"cannot load the {self._part} of {self._name!r}: {first_line} ({_EXPECTED}; "
-            "a hub id needs access to the hub or a filled cache, a GGUF file the packages gguf "
-            "and accelerate)"
+            "a hub id needs access to the hub or a filled cache, a GGUF file the extra "
+            "`pip install mentor-serve[gguf]`)"
         ) from error

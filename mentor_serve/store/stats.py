@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
-from math import sqrt
 from typing import Any
 
 from sqlalchemy import Connection, Select, and_, case, column, func, select, table
@@ -22,6 +20,14 @@ from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.elements import ColumnElement
 
 from mentor_serve.errors import SchemaOutOfDate, StoreError
+from mentor_serve.store.aggregates import (
+    AVERAGED,
+    HIGHEST,
+    LISTED,
+    Row,
+    plain,
+    version_row,
+)
 from mentor_serve.store.connection import open_engine, reading, shown, sqlite_path
 from mentor_serve.store.encoding import decode
 from mentor_serve.store.models import (
@@ -38,60 +44,12 @@ from mentor_serve.store.models import (
 )
 from mentor_serve.types import ByteArray, FloatArray, GroupStatus, IntArray, TrajectoryKind
 
-Row = dict[str, Any]
-
 MAX_POINTS = 500
 """Points of a curve: more than a chart has pixels for."""
 PREVIEW_CHARACTERS = 200
 """Of prompts and responses in lists."""
 RECENT_TRAJECTORIES = 5_000
 """Newest trajectories with interventions that the most frequent replacements are counted over."""
-_Z_95 = 1.96
-
-_AVERAGED = (
-    "mean_reward_on_policy",
-    "mean_reward_mixed",
-    "mean_accuracy_on_policy",
-    "mean_accuracy_mixed",
-    "frac_reward_zero_std",
-    "loss",
-    "grad_norm",
-    "entropy",
-    "clip_fraction_low",
-    "clip_fraction_high",
-    "mismatch_kl",
-    "learning_rate",
-    "alpha",
-    "gamma",
-    "mean_weight",
-    "gated_share",
-    "intervention_rate",
-    "mean_response_tokens",
-    "truncated_share",
-    "staleness_mean",
-    "num_groups",
-    "num_tokens",
-    "step_time_s",
-    "wait_time_s",
-)
-_LISTED = (
-    "id",
-    "kind",
-    "status",
-    "reward",
-    "accuracy",
-    "format_score",
-    "num_tokens",
-    "num_gated",
-    "num_interventions",
-    "mean_entropy",
-    "mean_weight",
-    "min_policy_version",
-    "max_policy_version",
-    "stop_reason",
-    "created_at",
-)
-_HIGHEST = ("step", "policy_version", "created_at", "staleness_max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +133,8 @@ class StatsReader:
         """
         bucket = self._bucket(Update.step, Update.run_id == run_id, max_points=max_points)
         columns: list[ColumnElement[Any]] = [
-            *(func.max(getattr(Update, name)).label(name) for name in _HIGHEST),
-            *(func.avg(getattr(Update, name)).label(name) for name in _AVERAGED),
+            *(func.max(getattr(Update, name)).label(name) for name in HIGHEST),
+            *(func.avg(getattr(Update, name)).label(name) for name in AVERAGED),
             func.sum(Update.num_stale).label("num_stale"),
         ]
         query = select(*columns).where(Update.run_id == run_id).group_by(bucket).order_by(bucket)
@@ -234,7 +192,7 @@ class StatsReader:
             .group_by(bucket)
             .order_by(bucket)
         )
-        return [_version_row(row) for row in self._rows(query)]
+        return [version_row(row) for row in self._rows(query)]
 
     def staleness(self, run_id: str, *, num_updates: int = 100) -> list[Row]:
         """How far behind the groups of the newest updates were: staleness, num_groups."""
@@ -303,7 +261,7 @@ class StatsReader:
         t = Trajectory
         query = (
             select(
-                *(getattr(t, name) for name in _LISTED),
+                *(getattr(t, name) for name in LISTED),
                 func.substr(TaskRow.prompt, 1, PREVIEW_CHARACTERS).label("prompt"),
                 func.substr(t.text, 1, PREVIEW_CHARACTERS).label("text"),
             )
@@ -441,45 +399,7 @@ class StatsReader:
     def _rows(self, query: Select[*tuple[Any, ...]]) -> list[Row]:
         with self.connection() as connection:
             rows = connection.execute(query).mappings()
-            return [{name: _plain(value) for name, value in row.items()} for row in rows]
-
-
-def wilson_interval(num_passed: int, num_trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927); (0, 1) without trials."""
-    if num_trials == 0:
-        return 0.0, 1.0
-    share, z2 = num_passed / num_trials, _Z_95**2
-    centre = share + z2 / (2 * num_trials)
-    spread = _Z_95 * sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))
-    scale = 1 + z2 / num_trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def _version_row(row: Row) -> Row:
-    scored, passed = row["num_scored"], int(row["num_passed"])
-    tokens = int(row.pop("num_tokens") or 0)
-    low, high = wilson_interval(passed, scored) if scored else (None, None)
-    gated, replaced = int(row.pop("num_gated")), int(row.pop("num_interventions"))
-    weight_sum, entropy_sum = row.pop("weight_sum"), row.pop("entropy_sum")
-    return {
-        **row,
-        "num_passed": passed,
-        "pass_rate": passed / scored if scored else None,
-        "pass_rate_low": low,
-        "pass_rate_high": high,
-        "mean_response_tokens": tokens / row["num_trajectories"],
-        "gated_share": gated / tokens if tokens else None,
-        "intervention_rate": replaced / tokens if tokens else None,
-        "mean_weight": weight_sum / tokens if tokens and weight_sum is not None else None,
-        "mean_entropy": entropy_sum / tokens if tokens and entropy_sum is not None else None,
-    }
-
-
-def _plain(value: Any) -> Any:
-    """PostgreSQL answers sums and means of integers as decimals, which neither add to floats."""
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    return value
+            return [{name: plain(value) for name, value in row.items()} for row in rows]
 
 
 def _is_schema_error(error: StoreError) -> bool:

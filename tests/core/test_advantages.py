@@ -68,7 +68,7 @@ def test_impossible_rewards_are_refused(rewards, message):
 
 @pytest.mark.parametrize(("alpha", "reward_range"), [(-0.1, 1.0), (math.nan, 1.0), (1.0, 0.0)])
 def test_impossible_scales_are_refused(alpha, reward_range):
-    with pytest.raises(ValueError, match="alpha|reward_range"):
+    with pytest.raises(ValueError, match=r"alpha|reward_range"):
         mixed_advantages(torch.ones(1), torch.ones(2), alpha, reward_range)
 
 

@@ -1,9 +1,8 @@
 """One migrated SQLite database a test."""
 
 import pytest
-from learner_samples import QueueStore
 
-from mentor_serve.store import upgrade
+from mentor_serve.store import TrajectoryStore, upgrade
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,7 @@ def url(empty_database, tmp_path):
 
 @pytest.fixture
 def store(url):
-    with QueueStore(url) as opened:
+    with TrajectoryStore(url) as opened:
         yield opened
 
 

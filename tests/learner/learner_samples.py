@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from sqlalchemy import create_engine, text, update
+from sqlalchemy import create_engine, text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mentor_serve.errors import WeightsError
@@ -12,10 +12,8 @@ from mentor_serve.store import (
     LeasedTrajectory,
     NewGroup,
     NewTrajectory,
-    TrajectoryStore,
     new_id,
 )
-from mentor_serve.store.models import RolloutGroup
 from mentor_serve.types import (
     Guidance,
     Rollout,
@@ -216,18 +214,3 @@ def consumed_steps(url):
         found = {row.id: (row.status, row.consumed_by_step) for row in rows}
     engine.dispose()
     return found
-
-
-class QueueStore(TrajectoryStore):
-    """A store whose `commit_update` and `set_live` may be interrupted by a test."""
-
-    def fail_groups(self, run_id, *, owner, group_ids, error):
-        """Mark leased groups of `owner` as failed."""
-        held = update(RolloutGroup).where(
-            RolloutGroup.run_id == run_id,
-            RolloutGroup.id.in_(list(group_ids)),
-            RolloutGroup.lease_owner == owner,
-        )
-        values = {"status": "failed", "error": error, "lease_owner": None}
-        with self._write("failing groups") as connection:
-            return connection.execute(held.values(values)).rowcount

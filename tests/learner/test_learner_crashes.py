@@ -9,17 +9,19 @@ import os
 import signal
 
 import pytest
+import torch
 from learner_samples import (
     FakeBroadcaster,
-    QueueStore,
     consumed_steps,
     make_learner,
     stored_group,
 )
+from transformers import LlamaForCausalLM
 
 from mentor_serve.errors import WeightsError
 from mentor_serve.learner import TorchBackend
-from mentor_serve.weights import list_snapshots, snapshot_path
+from mentor_serve.store import TrajectoryStore
+from mentor_serve.weights import list_snapshots, read_snapshot, snapshot_path
 
 NUM_STEPS = 3
 
@@ -53,7 +55,7 @@ def undisturbed(empty_database, tmp_path_factory):
     """Versions of a run that nobody disturbed."""
     home = tmp_path_factory.mktemp("undisturbed")
     (home / "mentor.db").write_bytes(empty_database.read_bytes())
-    with QueueStore(f"sqlite:///{home / 'mentor.db'}") as store:
+    with TrajectoryStore(f"sqlite:///{home / 'mentor.db'}") as store:
         run_id = store.open_run("test", {})
         for seed in range(2 * NUM_STEPS):
             store.add_group(run_id, stored_group(seed))
@@ -105,9 +107,10 @@ def test_death_at_any_point_loses_and_repeats_nothing(
     learner = make_learner(filled, run_id, tmp_path)
     learner.start()
     learner.run_step()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(target, kill)
-        learner.run_step()
+        with pytest.raises(Killed):
+            learner.run_step()
     die(learner)
     finish(filled, run_id, tmp_path, url, undisturbed, first_published=version_after)
 
@@ -124,9 +127,10 @@ def test_death_right_after_the_commit_counts_the_step_once(
         commit(*args, **kwargs)
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(filled, "commit_update", commit_and_die)
-        learner.run_step()
+        with pytest.raises(Killed):
+            learner.run_step()
     die(learner)
     finish(filled, run_id, tmp_path, url, undisturbed, first_published=2)
 
@@ -156,11 +160,8 @@ def test_death_before_version_0_is_in_the_store_lets_it_begin_again(
 
 def die_inside(url, run_id, home, where):
     """Child process: one good step, then an end without any clean-up."""
-    import torch
-    from transformers import LlamaForCausalLM
-
     torch.set_num_threads(1)
-    with QueueStore(url) as store:
+    with TrajectoryStore(url) as store:
         learner = make_learner(store, run_id, home)
         learner.start()
         learner.run_step()
@@ -219,9 +220,11 @@ def test_a_damaged_checkpoint_is_replaced_by_snapshot_and_older_optimiser(
     assert name in event.message
     assert "the optimiser of v000001" in event.message
     assert learner.status().step == 2
-    # The weights are exactly those of version 2: publishing them again writes the same file.
-    assert learner._backend.full_state().keys() == broadcaster.published[0].state_dict.keys()
-    assert filled.latest_version(run_id).sha256 == undisturbed[2][2]
+    # The weights are exactly those of version 2.
+    snapshot = read_snapshot(snapshot_path(tmp_path / "weights", 2))
+    assert snapshot.sha256 == undisturbed[2][2]
+    for tensor_name, tensor in broadcaster.published[0].state_dict.items():
+        assert torch.equal(tensor, snapshot.state_dict[tensor_name])
     assert learner.run_step().step == 3
     learner.close()
 

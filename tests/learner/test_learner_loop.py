@@ -18,6 +18,7 @@ from learner_samples import (
 from mentor_serve.errors import LeaseLost, StoreError, WeightsError
 from mentor_serve.learner import LearnerPhase, TorchBackend
 from mentor_serve.learner.records import tracked_numbers
+from mentor_serve.store import TrajectoryStore, upgrade
 from mentor_serve.types import Guidance
 from mentor_serve.weights import list_snapshots, read_snapshot
 
@@ -193,14 +194,10 @@ def test_a_failed_step_gives_groups_back_and_undoes_the_model(
 
 def undisturbed_sha256(home, seeds):
     """Hash of the version that one undisturbed step on these groups makes."""
-    from learner_samples import QueueStore
-
-    from mentor_serve.store import upgrade
-
     home.mkdir()
     url = f"sqlite:///{home / 'mentor.db'}"
     upgrade(url)
-    with QueueStore(url) as store:
+    with TrajectoryStore(url) as store:
         run_id = store.open_run("undisturbed", {})
         add_groups(store, run_id, seeds)
         learner = make_learner(store, run_id, home)

@@ -14,9 +14,10 @@ from sqlalchemy import insert
 
 from mentor_serve.errors import SchemaOutOfDate, StoreError
 from mentor_serve.store import models, schema
+from mentor_serve.store.aggregates import wilson_interval
 from mentor_serve.store.connection import open_engine, writing
 from mentor_serve.store.encoding import encode
-from mentor_serve.store.stats import MAX_POINTS, StatsReader, wilson_interval
+from mentor_serve.store.stats import MAX_POINTS, StatsReader
 from mentor_serve.types import TrajectoryKind
 
 NOW = datetime(2026, 5, 4, 12, 30, 20, tzinfo=UTC)
@@ -379,9 +380,6 @@ def test_a_trajectory_comes_with_its_arrays_bit_for_bit(url: str, reader: StatsR
     assert (detail.prompt, detail.answer, detail.source) == ("What is 2 + 2?", "4", "test")
     assert (detail.row["gamma"], detail.row["consumed_by_step"]) == (1.5, 7)
     assert [row["position"] for row in detail.interventions] == [1]
-
-
-def test_an_unknown_trajectory_is_none(url: str, reader: StatsReader) -> None:
     assert reader.trajectory("nothing") is None
 
 
