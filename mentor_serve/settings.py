@@ -94,7 +94,7 @@ class RolloutSettings(_Section):
     num_mixed: NonNegativeInt = 4
     """N2: mixed rollouts of a prompt while alpha > 0 (paper: 4)."""
     temperature: PositiveFloat = 1.0
-    max_new_tokens: PositiveInt = 96
+    max_new_tokens: PositiveInt = 112
     """Longest response in tokens (paper: 8192)."""
     num_collectors: PositiveInt = 1
     """Collector replicas."""
@@ -171,7 +171,7 @@ class LearnerSettings(_Section):
     clip_high: PositiveFloat = 0.28
     max_staleness: NonNegativeInt = 4
     """Groups whose oldest token is more versions behind than this become `stale`."""
-    max_tokens_per_micro_batch: PositiveInt = 16_384
+    max_tokens_per_micro_batch: PositiveInt = 4096
     """Prompt and response tokens of one forward pass."""
     max_steps: NonNegativeInt = 0
     """Stop after this many updates; 0 goes on for ever."""

@@ -268,16 +268,17 @@ class EngineDriver:
                     del self._running[output.request_id]
             if ticket.is_streamed or output.finished is not None:
                 by_loop.setdefault(ticket.loop, []).append((ticket, output))
+        # Before the callers wake up, so that none sees its own finished request as running.
+        if closed:
+            self._forget(closed)
         for loop, events in by_loop.items():
             if not _call_soon(loop, _put, events):
                 for ticket, _ in events:
                     self._cancel(ticket)
-        if closed:
-            self._forget(closed)
 
     def _refuse(self, ticket: _Ticket, error: MentorError) -> None:
-        _call_soon(ticket.loop, _put, [(ticket, error)])
         self._forget([ticket])
+        _call_soon(ticket.loop, _put, [(ticket, error)])
 
     def _forget(self, tickets: Sequence[_Ticket]) -> None:
         with self._wake:

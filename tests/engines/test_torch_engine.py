@@ -12,7 +12,13 @@ from mentor_serve.core.entropy import token_entropy
 from mentor_serve.core.gate import guidance_weight
 from mentor_serve.engines import RolloutRequest, SamplingParams, TorchEngine
 from mentor_serve.engines.expert import ExpertServer
-from mentor_serve.errors import ConfigError, EngineError, ExpertUnavailable, InvalidRequest
+from mentor_serve.errors import (
+    ConfigError,
+    EngineError,
+    ExpertUnavailable,
+    InvalidRequest,
+    VocabularyMismatch,
+)
 from mentor_serve.types import StopReason, TokenSource
 
 PROMPT = [4, 14, 5, 18]
@@ -372,6 +378,30 @@ def test_impossible_engines_are_refused(tiny_llama):
         TorchEngine(tiny_llama(1), max_batch_size=0)
     with pytest.raises(ConfigError, match="eos_token_ids"):
         TorchEngine(tiny_llama(1), eos_token_ids=[32])
+
+
+def test_models_may_be_named_by_directory(tiny_pair, tiny_tokenizer, tmp_path):
+    names = [tmp_path / "policy", tmp_path / "expert"]
+    for model, name in zip(tiny_pair, names, strict=True):
+        model.save_pretrained(name)
+        tiny_tokenizer.save_pretrained(name)
+    named = TorchEngine(str(names[0]), names[1])
+    wanted = [request(mixed=True, gamma=0.0)]
+    (ours,), (theirs,) = named.generate(wanted), TorchEngine(*tiny_pair).generate(wanted)
+    assert ours[0].token_ids.tolist() == theirs[0].token_ids.tolist()
+    assert ours[0].text == tiny_tokenizer.decode(ours[0].token_ids, skip_special_tokens=True)
+    assert theirs[0].text is None
+
+
+def test_named_models_with_different_words_are_refused(tiny_pair, tiny_tokenizer, tmp_path):
+    names = [tmp_path / "policy", tmp_path / "expert"]
+    for model, name in zip(tiny_pair, names, strict=True):
+        model.save_pretrained(name)
+        tiny_tokenizer.save_pretrained(name)
+    file = names[1] / "tokenizer.json"
+    file.write_text(file.read_text().replace('"kl"', '"lk"'))
+    with pytest.raises(VocabularyMismatch, match="kl"):
+        TorchEngine(names[0], names[1])
 
 
 class FailingExpert:
