@@ -161,9 +161,9 @@ class LearnerSettings(_Section):
     device: str = "cpu"
     prompts_per_step: PositiveInt = 16
     """Groups of one update (paper: 128)."""
-    mini_batch_prompts: PositiveInt = 16
+    mini_batch_prompts: PositiveInt = 8
     """Groups of one optimiser step (paper: 64)."""
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: PositiveFloat = 3e-4
     """AdamW's; fits models of about a million parameters (paper, 7B: 1e-6)."""
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: PositiveFloat = 1.0
@@ -222,10 +222,12 @@ class GatewaySettings(_Section):
 
 
 class TelemetrySettings(_Section):
-    """Logs and the dashboard."""
+    """Logs, the dashboard, and an experiment tracker."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["console", "json"] = "console"
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the numbers of each update also go; needs the extra `trackers`."""
     dashboard_port: int = Field(default=8501, ge=1, le=65535)
 
 

@@ -72,8 +72,8 @@ def test_wrong_settings_are_named(overrides: dict[str, object], part: str) -> No
 
 
 def test_unknown_environment_variables_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MENTOR_SERVE_POLCY__MODEL", "x")
-    with pytest.raises(ConfigError, match="POLCY"):
+    monkeypatch.setenv("MENTOR_SERVE_POLICIES__MODEL", "x")
+    with pytest.raises(ConfigError, match="POLICIES"):
         load_settings()
 
 

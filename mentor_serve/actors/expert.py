@@ -10,12 +10,11 @@ from typing import Any
 import ray
 from ray import serve
 
+from mentor_serve import engines
 from mentor_serve.actors import names
 from mentor_serve.actors.runtime import enter_process
-from mentor_serve.engines import TorchEngine
 from mentor_serve.engines.base import ExpertAnswer, ExpertQuery, StepOutput
 from mentor_serve.engines.driver import EngineDriver
-from mentor_serve.engines.expert import ExpertServer
 from mentor_serve.errors import ExpertUnavailable
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.settings import Settings
@@ -28,14 +27,21 @@ class Expert:
     """One replica: answers gated positions, and serves the model `expert` over HTTP."""
 
     def __init__(self, settings: Settings) -> None:
+        # Here, not above: the gateway imports this module too, and needs no torch.
+        from mentor_serve.engines.expert import ExpertServer
+
         enter_process(settings, role="expert", num_threads=settings.expert.num_threads)
         model = load_model(
             settings.expert.model, dtype=settings.expert.dtype, device=settings.expert.device
         )
-        self._server = ExpertServer(model, max_sequences=settings.policy.max_batch_size)
+        self._server = ExpertServer(
+            model,
+            max_sequences=settings.policy.max_batch_size,
+            max_model_len=settings.policy.max_model_len,
+        )
         self._server_lock = asyncio.Lock()
         self._driver = EngineDriver(
-            TorchEngine(
+            engines.TorchEngine(
                 policy=model,
                 expert=None,
                 tokenizer=load_tokenizer(settings.policy.model),

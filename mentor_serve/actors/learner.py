@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import structlog
@@ -12,17 +12,23 @@ import structlog
 from mentor_serve.actors import names
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
 from mentor_serve.actors.weight_store import RayBroadcaster
-from mentor_serve.learner.backends.torch_backend import TorchBackend
-from mentor_serve.learner.config import LearnerConfig, UpdateConfig
-from mentor_serve.learner.loop import Learner
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.settings import Settings
+from mentor_serve.telemetry import open_tracker
+
+if TYPE_CHECKING:
+    from mentor_serve.learner import LearnerConfig
 
 log = structlog.get_logger(__name__)
+
+# The learner's own modules are imported inside functions: the gateway and the collectors import
+# this module to find the actor, and their processes should not pay for torch.
 
 
 def learner_config(settings: Settings) -> LearnerConfig:
     """The learner's own view of the settings."""
+    from mentor_serve.learner import LearnerConfig, UpdateConfig
+
     learner, guidance = settings.learner, settings.guidance
     return LearnerConfig(
         prompts_per_step=learner.prompts_per_step,
@@ -54,6 +60,9 @@ class LearnerActor:
     """Owns the learner. Ray restarts it after a crash; the database says where to go on."""
 
     def __init__(self, settings: Settings) -> None:
+        from mentor_serve.learner import Learner, TorchBackend
+        from mentor_serve.learner.records import tracked_numbers
+
         enter_process(settings, role="learner", num_threads=settings.learner.num_threads)
         prepare_state(settings)
         store = open_store(settings)
@@ -72,6 +81,15 @@ class LearnerActor:
             weights_dir=settings.weights_dir,
             checkpoints_dir=settings.checkpoints_dir,
         )
+        self._tracker = open_tracker(
+            settings.telemetry.tracker,
+            directory=settings.home / "trackers" / settings.run_name,
+            run_name=settings.run_name,
+            config=settings.model_dump(mode="json"),
+        )
+        self._learner.add_observer(
+            lambda record: self._tracker.log(tracked_numbers(record), step=record.step)
+        )
         self._error: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="learner", daemon=True)
@@ -82,6 +100,7 @@ class LearnerActor:
             self._learner.start()
             self._learner.run(self._stop)
             self._learner.close()
+            self._tracker.close()
         except Exception as error:
             # The thread's boundary: `status` hands the reason to the supervisor.
             log.exception("learner_died")

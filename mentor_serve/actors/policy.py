@@ -13,12 +13,12 @@ import ray
 import structlog
 from ray import serve
 
+from mentor_serve import engines
 from mentor_serve.actors import names
 from mentor_serve.actors.expert import RemoteExpert
 from mentor_serve.actors.runtime import enter_process
 from mentor_serve.actors.weight_store import PublishedWeights, ensure_weight_store
-from mentor_serve.engines import EngineStats, TorchEngine
-from mentor_serve.engines.base import StepOutput
+from mentor_serve.engines.base import EngineStats, StepOutput
 from mentor_serve.engines.driver import EngineDriver
 from mentor_serve.errors import InvalidRequest, StalePolicyError, WeightsError
 from mentor_serve.models.loading import load_model, load_tokenizer
@@ -75,9 +75,9 @@ class Policy:
             expert_driver = EngineDriver(self._engine(expert_model, expert=None))
         return driver, expert_driver
 
-    def _engine(self, model: Any, *, expert: Any) -> TorchEngine:
+    def _engine(self, model: Any, *, expert: Any) -> engines.TorchEngine:
         policy = self._settings.policy
-        return TorchEngine(
+        return engines.TorchEngine(
             policy=model,
             expert=expert,
             tokenizer=self._tokenizer,
@@ -180,11 +180,11 @@ class Policy:
             self._frozen[version] = driver
             while len(self._frozen) > MAX_FROZEN_ENGINES:
                 _, oldest = self._frozen.popitem(last=False)
-                oldest.close(drain_timeout_s=0.0)
+                await asyncio.to_thread(oldest.close, drain_timeout_s=0.0)
         self._frozen.move_to_end(version)
         return driver
 
-    def _frozen_engine(self, path: Path, version: int) -> TorchEngine:
+    def _frozen_engine(self, path: Path, version: int) -> engines.TorchEngine:
         if not path.is_dir():
             raise StalePolicyError(
                 f"policy@{version} is not kept (weights.keep_versions = "

@@ -16,13 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from mentor_serve.errors import WeightsError
 from mentor_serve.types import Guidance
@@ -34,6 +28,11 @@ from mentor_serve.weights.directories import (
     prune,
     versions_in,
 )
+
+if TYPE_CHECKING:
+    # Listings are read in processes that should not pay for importing torch.
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -168,6 +167,9 @@ def read_snapshot(path: Path, *, verify: bool = True) -> Snapshot:
     Raises:
         WeightsError: missing or damaged; the message names the file and both hashes.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     snapshot = read_manifest(path)
     file = path / WEIGHTS
     try:
@@ -242,6 +244,8 @@ def _snapshot(
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     # save_pretrained draws a bar on stderr, in the middle of the log, at every update.
+    from transformers.utils import logging as transformers_logging
+
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

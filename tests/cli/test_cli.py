@@ -49,7 +49,7 @@ def up(run: Callable[..., Outcome], *settings: str) -> Outcome:
     """`mentor-serve up` that must fail before it starts any process."""
     flags = [flag for setting in settings for flag in ("--set", setting)]
     outcome = run("up", "--no-dashboard", *flags)
-    assert outcome.err.splitlines()[-1:] and "mentor-serve: " in outcome.err
+    assert outcome.err.startswith("mentor-serve: ")
     assert "Traceback" not in outcome.err
     return outcome
 

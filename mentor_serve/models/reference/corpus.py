@@ -91,18 +91,18 @@ class ExpertHabits:
 
     max_terms: int = 8
     """The longest chain it has seen."""
-    okay: float = 0.5
-    """Opens with "okay" (says nothing)."""
+    okay: float = 0.1
+    """Says "okay" between two steps (no use)."""
     wait: float = 0.06
-    """Interrupts itself with "wait" before a step (says nothing)."""
-    read_wrong_step: float = 0.12
-    """A step is shown wrong; a check that puts it right always follows."""
+    """Says "wait" between two steps (no use)."""
+    read_wrong_step: float = 0.15
+    """A step is shown wrong; a "verify" that puts it right always follows."""
     dropped_minus: float = 0.6
     """The share of negative results shown wrong that only lost their minus sign."""
-    check: float = 0.1
-    """Checks a right step by doing it again."""
-    verify: float = 0.4
-    """Closes with "let me verify" and the last step done again."""
+    verify: float = 0.12
+    """Does a right step again after "verify"."""
+    check: float = 0.4
+    """Closes with "let me check" and the last step done again."""
 
 
 def apply(total: int, sign: str, digit: int) -> int:
@@ -152,28 +152,38 @@ def _policy_result(random: Random, habits: PolicyHabits, result: int) -> int:
 def expert_example(random: Random, habits: ExpertHabits) -> Example:
     """Draw a response in the expert's style: right steps, checks that correct, and filler words."""
     chain = draw_chain(random, habits.max_terms)
-    pieces = [Piece(THINK_OPEN + ("okay, " if random.random() < habits.okay else ""))]
+    pieces = [Piece(THINK_OPEN)]
     total, step = chain.first, ""
     for index, (sign, digit) in enumerate(chain.operations):
-        lead = ", " if index else ""
-        if random.random() < habits.wait:
-            lead += "wait, "
+        lead = _lead(random, habits) if index else ""
         result = apply(total, sign, digit)
         left = f"{total} {sign} {digit} = "
         step = f"{left}{result}"
         if random.random() < habits.read_wrong_step:
             pieces.append(Piece(lead + left))
             pieces.append(Piece(_wrong_result(random, habits, result), is_learnt=False))
-            pieces.append(Piece(f", check: {step}"))
+            pieces.append(Piece(f" verify: {step}"))
         else:
             pieces.append(Piece(lead + step))
-            if random.random() < habits.check:
-                pieces.append(Piece(f", check: {step}"))
+            if random.random() < habits.verify:
+                pieces.append(Piece(f" verify: {step}"))
         total = result
-    if random.random() < habits.verify:
-        pieces.append(Piece(f", let me verify: {step}"))
+    if random.random() < habits.check:
+        pieces.append(Piece(f", let me check: {step}"))
     pieces.append(Piece(f"{THINK_CLOSE}{BOXED_OPEN}{total}}}"))
     return Example(chain.question, tuple(pieces))
+
+
+def _lead(random: Random, habits: ExpertHabits) -> str:
+    # Filler stands behind the comma, where the policy is sure of what comes next; "verify" stands
+    # before it, where the policy hesitates between going on and stopping. An expert asked only at
+    # uncertain tokens therefore passes on the one and rarely the other.
+    word = ""
+    if random.random() < habits.okay:
+        word = "okay, "
+    elif random.random() < habits.wait:
+        word = "wait, "
+    return f", {word}"
 
 
 def _wrong_result(random: Random, habits: ExpertHabits, result: int) -> str:

@@ -5,7 +5,6 @@ Contract: any text round-trips byte for byte; every digit is one token; `<think>
 are special and do not. Training is deterministic and needs no network.
 """
 
-from pathlib import Path
 from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,8 +90,3 @@ def build_tokenizer(vocab_size: int = 448) -> PreTrainedTokenizerFast:
 def render_prompt(question: str) -> str:
     """Return what the chat template gives for one user turn with a generation prompt."""
     return f"{USER}{question}{ASSISTANT}"
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer's files (chat_template.jinja among them) into an existing folder."""
-    tokenizer.save_pretrained(folder)
