@@ -37,7 +37,7 @@ def measure(rounds: int, batch: int, new_tokens: int) -> dict[str, Any]:
     )
     renderer = PromptRenderer(tokenizer, system_prompt="")
     source = build_source(source="reasoning_gym", name="embedded", config={}, seed=0, size=1000)
-    prompts = [renderer.render(source.next_task().prompt) for _ in range(max(1, batch // 8))]
+    prompts = [renderer.render(source.next_task()) for _ in range(max(1, batch // 8))]
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
 
     def ours(*, mixed: bool) -> int:

@@ -145,6 +145,8 @@ def _start_dashboard(settings: Settings) -> subprocess.Popen[bytes]:
                 *(sys.executable, "-m", "streamlit", "run", str(dashboard_script())),
                 *("--server.port", str(port), "--server.address", "127.0.0.1"),
                 *("--server.headless", "true", "--browser.gatherUsageStats", "false"),
+                # The watcher would import every module of transformers to look for changes.
+                *("--server.fileWatcherType", "none"),
             ],
             env={**os.environ, **_environment_of(settings)},
             stdout=output,
@@ -186,7 +188,7 @@ def _watch(console: Console, settings: Settings, stop: threading.Event) -> None:
                     live.update(Text(_status_line(store, run_id)), refresh=True)
         else:
             while not stop.wait(LOG_INTERVAL_S):
-                console.print(_status_line(store, run_id))
+                console.print(_status_line(store, run_id), soft_wrap=True)
 
 
 def _status_line(store: TrajectoryStore, run_id: str) -> str:
