@@ -16,6 +16,7 @@ import structlog
 from ray import serve
 
 from mentor_serve.actors import names
+from mentor_serve.actors.application import deployment_handle
 from mentor_serve.actors.supervisor import stop_learner
 from mentor_serve.errors import ConfigError, ServiceError
 from mentor_serve.settings import Settings
@@ -100,8 +101,7 @@ def drain_service(settings: Settings) -> None:
 
 def _broadcast(deployment: str, method: str, timeout_s: float) -> None:
     try:
-        handle = serve.get_deployment_handle(deployment, names.APPLICATION)
-        handle.broadcast(method).results(timeout_s=timeout_s)
+        deployment_handle(deployment).broadcast(method).results(timeout_s=timeout_s)
     except Exception as error:
         # Shutdown's boundary: whatever failed here, the shutdown that follows is safe.
         log.warning("drain_incomplete", deployment=deployment, error=str(error))

@@ -13,12 +13,12 @@ from typing import Any
 
 import ray
 import structlog
-from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from mentor_serve.actors import names
+from mentor_serve.actors.application import deployment_handle
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
-from mentor_serve.errors import WeightsError
+from mentor_serve.errors import ServiceError, WeightsError
 from mentor_serve.settings import Settings
 from mentor_serve.types import Guidance
 from mentor_serve.weights import PublishReport, Snapshot, read_snapshot, snapshot_path
@@ -77,13 +77,11 @@ class WeightStore:
     def _broadcast(self, deadline: float) -> tuple[list[int], list[str]]:
         remaining_s = max(0.1, deadline - time.monotonic())
         try:
-            handle = serve.get_deployment_handle(names.POLICY, names.APPLICATION)
-            results = handle.broadcast("load_published", self._latest).results(
-                timeout_s=remaining_s, return_exceptions=True
-            )
+            response = deployment_handle(names.POLICY).broadcast("load_published", self._latest)
+            results = response.results(timeout_s=remaining_s, return_exceptions=True)
         except DeploymentUnavailableError:
             return [], []  # no replica is running; those that start pull the newest
-        except (TimeoutError, RayServeException) as error:
+        except (TimeoutError, RayServeException, ServiceError) as error:
             return [], [f"no answer from the policy replicas: {error}"]
         problems = [_first_line(item) for item in results if isinstance(item, BaseException)]
         return [item for item in results if isinstance(item, int)], problems

@@ -107,7 +107,13 @@ def _formatter(format: LogFormat) -> dict[str, Any]:
             structlog.processors.JSONRenderer(default=str),
         ]
     else:
-        rendering.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+        rendering.append(
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(),
+                # The default prints local variables, which may hold secrets.
+                exception_formatter=structlog.dev.plain_traceback,
+            )
+        )
     return {
         "()": structlog.stdlib.ProcessorFormatter,
         "processors": rendering,
