@@ -127,13 +127,13 @@ def status(
     config: ConfigOption = None, assignments: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """Show the run: step, versions, pass rates, queue, and whether the service answers."""
-    from mentor_serve.reports import run_status
+    from mentor_serve.reports import run_status, status_rows
 
     report = run_status(_settings(config, assignments))
     if as_json:
         _print_json(report)
     else:
-        _print_table(report, title="mentor-serve status")
+        _print_table(status_rows(report), title="mentor-serve status")
 
 
 @app.command(name="eval")
@@ -155,7 +155,7 @@ def evaluate(
 
     Runs in this process, beside a running service or without one.
     """
-    from mentor_serve.reports import run_evaluation
+    from mentor_serve.reports import evaluation_rows, run_evaluation
 
     report = run_evaluation(
         _settings(config, assignments),
@@ -168,7 +168,7 @@ def evaluate(
     if as_json:
         _print_json(report)
     else:
-        _print_table(report, title=f"Evaluation of {model}")
+        _print_table(evaluation_rows(report), title="Evaluation")
 
 
 @db_app.command("upgrade")

@@ -50,6 +50,45 @@ def run_status(settings: Settings) -> dict[str, Any]:
     return {**status, "pass_rate_gain": gain, "service": probe_service(settings)}
 
 
+def status_rows(report: dict[str, Any]) -> dict[str, str]:
+    """The report of `run_status` as label and text, for people."""
+    service = report["service"]
+    reachable = service.get("status", "answers") if service["is_running"] else "not running"
+    groups = {name: count for name, count in report["groups"].items() if count}
+    rows = {
+        "run": f"{report['run_name']} ({report['run_id']})",
+        "service": f"{reachable}, {service['url']}",
+        "training": f"step {report['step']}, version {report['live_version']} live",
+        "pass rate": "no trained version yet",
+        "reward": "no update yet",
+        "guidance": f"alpha {_number(report['alpha'])}, gamma {_number(report['gamma'])} nats",
+        "groups": ", ".join(f"{count:,} {name}" for name, count in groups.items()) or "none",
+        "pace": f"{report['groups_per_minute']:.0f} groups a minute over the last five",
+        "trajectories": f"{report['num_trajectories']:,}",
+        "last update": str(report["last_update_at"] or "none"),
+    }
+    if report["pass_rate_gain"] is not None:
+        gain = 100 * report["pass_rate_gain"]
+        rows["pass rate"] = (
+            f"{report['pass_rate_first']:.1%} in the first five versions, "
+            f"{report['pass_rate_last']:.1%} in the last five ({gain:+.1f} points)"
+        )
+    if report["mean_reward_on_policy"] is not None:
+        rows["reward"] = (
+            f"{_number(report['mean_reward_on_policy'])} on-policy, "
+            f"{_number(report['mean_reward_mixed'])} mixed (last ten updates)"
+        )
+    for number, error in enumerate(report["errors"], start=1):
+        rows[f"error {number}"] = (
+            f"{error['created_at']:%H:%M:%S} {error['kind']}: {error['message']}"
+        )
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def probe_service(settings: Settings) -> dict[str, Any]:
     """What `/health/readiness` says, or that nothing answers."""
     gateway = settings.gateway
@@ -106,6 +145,32 @@ def run_evaluation(
                     num_problems=report.num_problems,
                 )
     return {"model": model, "policy_version": version, "suite": suite, **report.as_dict()}
+
+
+def evaluation_rows(report: dict[str, Any]) -> dict[str, str]:
+    """The report of `run_evaluation` as label and text, for people."""
+    version = report["policy_version"]
+    words = {word: share for word, share in report["word_shares"].items() if share > 0}
+    rows = {
+        "model": report["model"] + ("" if version is None else f" (version {version})"),
+        "suite": f"{report['suite']}, {report['num_problems']} held-out problems",
+        "sampling": f"{report['num_samples']} a problem, temperature {report['temperature']:g}",
+        f"avg@{report['num_samples']}": (
+            f"{report['accuracy']:.1%} (95 % interval {report['accuracy_low']:.1%} to "
+            f"{report['accuracy_high']:.1%})"
+        ),
+        "reward": f"{report['mean_reward']:.3f}",
+        "well-formed": f"{report['mean_format']:.1%}",
+        "entropy": f"{report['mean_entropy']:.3f} nats a token",
+        "length": f"{report['mean_tokens']:.1f} tokens, {report['truncated_share']:.1%} cut off",
+        "words": ", ".join(f"{word} {share:.0%}" for word, share in words.items()) or "none",
+    }
+    rows |= {f"pass@{k}": f"{value:.1%}" for k, value in report["pass_at"].items()}
+    if report["num_unjudged"]:
+        rows["unjudged"] = (
+            f"{report['num_unjudged']} responses whose verifier failed count as wrong"
+        )
+    return rows
 
 
 def _resolve(

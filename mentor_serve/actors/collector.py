@@ -10,7 +10,7 @@ from ray import serve
 
 from mentor_serve.actors import names
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
-from mentor_serve.actors.supervisor import LearnerSupervisor
+from mentor_serve.actors.supervisor import LearnerSupervisor, stop_learner
 from mentor_serve.models.loading import load_tokenizer
 from mentor_serve.rollout.collector import Collector, CollectorConfig
 from mentor_serve.rollout.prompts import PromptRenderer
@@ -133,6 +133,9 @@ class CollectorReplica:
 
     async def __del__(self) -> None:
         await self.stop()
+        if self._settings.learner.enabled:
+            # Without collectors it would only poll; where others remain, they start it again.
+            await asyncio.to_thread(stop_learner, self._settings.gateway.drain_timeout_s)
         await self._verifiers.close()
         self._store.close()
 
@@ -143,6 +146,6 @@ def collector_deployment(settings: Settings) -> Any:
         name=names.COLLECTOR,
         num_replicas=settings.rollout.num_collectors,
         health_check_period_s=5,
-        graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s + 5,
+        graceful_shutdown_timeout_s=2 * settings.gateway.drain_timeout_s + 10,
         ray_actor_options={"num_cpus": 0.1},
     )

@@ -17,9 +17,9 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from mentor_serve import __version__
 from mentor_serve.actors import names
+from mentor_serve.actors.detached import find_actor
 from mentor_serve.actors.policy import PolicyState
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
-from mentor_serve.actors.supervisor import find_learner
 from mentor_serve.engines.base import StepOutput
 from mentor_serve.errors import EngineError, MentorError, StoreError
 from mentor_serve.models.loading import load_tokenizer
@@ -167,7 +167,7 @@ class GatewayBackend:
             details["groups"] = counts
         except StoreError as error:
             reasons.append(f"store: {error}")
-        if self._settings.learner.enabled and find_learner() is None:
+        if self._settings.learner.enabled and find_actor(names.LEARNER) is None:
             # The service answers without a learner; the supervisor is starting one.
             details["learner"] = "starting"
         return Readiness(ready=not reasons, reasons=reasons, details=details)
@@ -180,7 +180,7 @@ class GatewayBackend:
         return document
 
     async def _learner_status(self) -> dict[str, Any] | None:
-        learner = find_learner()
+        learner = find_actor(names.LEARNER)
         if learner is None:
             return None
         try:
@@ -193,7 +193,7 @@ class GatewayBackend:
 
     async def set_paused(self, paused: bool) -> None:
         """Pauses the learner; collection follows by its own pacing."""
-        learner = find_learner()
+        learner = find_actor(names.LEARNER)
         if learner is None:
             raise OverloadedError("the learner is starting; try again", retry_after_s=2.0)
         await asyncio.wait_for(learner.set_paused.remote(paused), ANSWER_TIMEOUT_S)

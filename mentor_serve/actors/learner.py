@@ -10,6 +10,7 @@ import ray
 import structlog
 
 from mentor_serve.actors import names
+from mentor_serve.actors.detached import fingerprint
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
 from mentor_serve.actors.weight_store import RayBroadcaster
 from mentor_serve.models.loading import load_model, load_tokenizer
@@ -90,6 +91,7 @@ class LearnerActor:
         self._learner.add_observer(
             lambda record: self._tracker.log(tracked_numbers(record), step=record.step)
         )
+        self._fingerprint = fingerprint(settings)
         self._error: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="learner", daemon=True)
@@ -109,6 +111,10 @@ class LearnerActor:
     def status(self) -> dict[str, Any]:
         """The learner's `LearnerStatus`, and `fatal_error` where its loop ended with one."""
         return {**asdict(self._learner.status()), "fatal_error": self._error}
+
+    def fingerprint(self) -> str:
+        """Of the settings that it runs with."""
+        return self._fingerprint
 
     def set_paused(self, is_paused: bool) -> None:
         """Stop before the next update, or go on."""

@@ -15,6 +15,7 @@ from ray import serve
 
 from mentor_serve import engines
 from mentor_serve.actors import names
+from mentor_serve.actors.detached import retire_outdated
 from mentor_serve.actors.expert import RemoteExpert
 from mentor_serve.actors.runtime import enter_process
 from mentor_serve.actors.weight_store import PublishedWeights, ensure_weight_store
@@ -47,6 +48,9 @@ class Policy:
     """One replica: the live policy, the colocated expert, and kept versions on request."""
 
     def __init__(self, settings: Settings, expert: Any = None) -> None:
+        retire_outdated(names.WEIGHT_STORE, settings)
+        # It starts while this process imports torch and loads the models.
+        weight_store = ensure_weight_store(settings)
         enter_process(settings, role="policy", num_threads=settings.policy.num_threads)
         self._settings = settings
         self._tokenizer = load_tokenizer(settings.policy.model)
@@ -55,7 +59,7 @@ class Policy:
         self._swap_lock = asyncio.Lock()
         self._frozen: OrderedDict[int, EngineDriver] = OrderedDict()
         self._driver, self._expert_driver = self._build_engines(expert)
-        published = ray.get(ensure_weight_store(settings).latest.remote())
+        published = ray.get(weight_store.latest.remote())
         if published is not None:
             self._load_at_start(published)
 

@@ -8,12 +8,12 @@ because the database and the checkpoints decide where a learner goes on.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import ray
 import structlog
 
 from mentor_serve.actors import names
+from mentor_serve.actors.detached import find_actor, kill_actor, retire_outdated
 from mentor_serve.actors.learner import ensure_learner
 from mentor_serve.settings import Settings
 from mentor_serve.store import TrajectoryStore
@@ -35,6 +35,7 @@ class LearnerSupervisor:
 
     async def run(self, stop_event: asyncio.Event) -> None:
         """Watch until `stop_event`."""
+        await asyncio.to_thread(retire_outdated, names.LEARNER, self._settings)
         while not stop_event.is_set():
             problem = await self._problem()
             if problem is not None and not stop_event.is_set():
@@ -65,31 +66,16 @@ class LearnerSupervisor:
             severity="error",
             message=problem.splitlines()[0],
         )
-        kill_learner()
-
-
-def find_learner() -> Any | None:
-    """The learner's handle, or None where none runs."""
-    try:
-        return ray.get_actor(names.LEARNER, namespace=names.NAMESPACE)
-    except ValueError:
-        return None
+        kill_actor(names.LEARNER)
 
 
 def stop_learner(timeout_s: float) -> None:
     """Let the learner finish its update, then end its process; bounded by `timeout_s`."""
-    learner = find_learner()
+    learner = find_actor(names.LEARNER)
     if learner is None:
         return
     try:
         ray.get(learner.stop.remote(timeout_s), timeout=timeout_s + 5.0)
     except (ray.exceptions.RayError, TimeoutError) as error:
         log.warning("learner_not_stopped_in_time", error=str(error).splitlines()[0])
-    kill_learner()
-
-
-def kill_learner() -> None:
-    """End the learner's process now; the next one goes on from the last commit."""
-    learner = find_learner()
-    if learner is not None:
-        ray.kill(learner, no_restart=True)
+    kill_actor(names.LEARNER)

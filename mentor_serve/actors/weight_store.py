@@ -17,6 +17,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from mentor_serve.actors import names
 from mentor_serve.actors.application import deployment_handle
+from mentor_serve.actors.detached import fingerprint
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
 from mentor_serve.errors import ServiceError, WeightsError
 from mentor_serve.settings import Settings
@@ -40,8 +41,13 @@ class WeightStore:
     def __init__(self, settings: Settings) -> None:
         enter_process(settings, role="weight_store")
         prepare_state(settings)
+        self._fingerprint = fingerprint(settings)
         self._timeout_s = settings.weights.swap_timeout_s
         self._latest = self._restore(settings)
+
+    def fingerprint(self) -> str:
+        """Of the settings that it runs with."""
+        return self._fingerprint
 
     def latest(self) -> PublishedWeights | None:
         """The newest published snapshot, or None before the first."""
@@ -128,6 +134,7 @@ class RayBroadcaster:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         # The weight store itself waits for `swap_timeout_s`; the margin is for its own restart.
+        self._fingerprint = fingerprint(settings)
         self._timeout_s = settings.weights.swap_timeout_s + 30.0
 
     def publish(self, snapshot: Snapshot) -> PublishReport:
