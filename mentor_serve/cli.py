@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from mentor_serve import __version__
@@ -157,14 +158,17 @@ def evaluate(
     """
     from mentor_serve.reports import evaluation_rows, run_evaluation
 
-    report = run_evaluation(
-        _settings(config, assignments),
-        model,
-        num_problems=num_problems,
-        num_samples=num_samples,
-        temperature=temperature,
-        seed=seed,
-    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("evaluating", total=num_problems)
+        report = run_evaluation(
+            _settings(config, assignments),
+            model,
+            num_problems=num_problems,
+            num_samples=num_samples,
+            temperature=temperature,
+            seed=seed,
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
     if as_json:
         _print_json(report)
     else:

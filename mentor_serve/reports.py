@@ -6,6 +6,7 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,11 @@ def run_evaluation(
     num_samples: int,
     temperature: float,
     seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate on held-out tasks in this process and store the measures.
 
+    `on_progress` is called with problems done and problems.
     `model` is `live`, `policy@VERSION`, `expert`, or anything `policy.model` may be.
     """
     prepare_state(settings)
@@ -129,6 +132,7 @@ def run_evaluation(
                 num_samples=num_samples,
                 temperature=temperature,
                 seed=seed,
+                on_progress=on_progress,
             )
         )
         suite = f"{settings.tasks.source}:{settings.tasks.name}"
@@ -200,6 +204,7 @@ async def _evaluate(
     num_samples: int,
     temperature: float,
     seed: int,
+    on_progress: Callable[[int, int], None] | None,
 ) -> EvaluationReport:
     tokenizer = load_tokenizer(path)
     policy, tasks, reward = settings.policy, settings.tasks, settings.reward
@@ -235,6 +240,7 @@ async def _evaluate(
             temperature=temperature,
             max_new_tokens=settings.rollout.max_new_tokens,
             seed=seed,
+            on_progress=on_progress,
         )
     finally:
         await pool.close()

@@ -82,7 +82,7 @@ class ExpertSettings(_Section):
     num_cpus: PositiveFloat = 0.3
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: NonNegativeInt = 1
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: PositiveFloat = 5.0
     """How long the engine waits for a remote expert before it goes on without it."""
 
 

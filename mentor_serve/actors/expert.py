@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from mentor_serve import engines
 from mentor_serve.actors import names
@@ -20,7 +22,8 @@ from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.settings import Settings
 from mentor_serve.types import Rollout, RolloutRequest
 
-MAX_ATTEMPTS = 2
+ATTEMPT_INTERVAL_S = 0.2
+RETRY_INTERVAL_S = 10.0
 
 
 class Expert:
@@ -73,31 +76,47 @@ class Expert:
         async for output in self._driver.stream(replace(request, mixed=False, priority=1)):
             yield output
 
+    async def ping(self) -> bool:
+        """Answers while this replica works."""
+        self.check_health()
+        return True
+
     def check_health(self) -> None:
         """Serve replaces a replica whose engine died."""
         self._driver.check_health()
 
 
 class RemoteExpert:
-    """`ExpertClient` over a Serve handle. Called from the engine's thread, so it may block."""
+    """`ExpertClient` over a Serve handle. Called from the engine's thread, so it may block.
+
+    It blocks for at most `timeout_s`; after a failure it does not ask again for
+    `RETRY_INTERVAL_S`, so that a dead expert costs the policy's other requests little.
+    """
 
     def __init__(self, handle: Any, timeout_s: float) -> None:
         self._handle = handle
         self._timeout_s = timeout_s
+        self._silent_until = 0.0
 
     def advise(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]:
-        """Raises `ExpertUnavailable` after `MAX_ATTEMPTS` time-outs or failures."""
+        """Raises `ExpertUnavailable` on a time-out, and at once for a while after one."""
+        if time.monotonic() < self._silent_until:
+            raise ExpertUnavailable("the expert failed a moment ago and is not asked for now")
+        deadline = time.monotonic() + self._timeout_s
         problem: Exception | None = None
-        for _ in range(MAX_ATTEMPTS):
+        while (remaining_s := deadline - time.monotonic()) > 0:
             try:
                 response = self._handle.advise.remote(list(queries))
-                answers: list[ExpertAnswer] = response.result(timeout_s=self._timeout_s)
+                answers: list[ExpertAnswer] = response.result(timeout_s=remaining_s)
                 return answers
-            except (TimeoutError, ray.exceptions.RayError, serve.exceptions.RayServeException) as e:
-                problem = e
+            except (TimeoutError, ray.exceptions.RayError, RayServeException) as error:
+                # A replica that died is replaced within the time limit or not: ask again.
+                problem = error
+                time.sleep(min(ATTEMPT_INTERVAL_S, max(0.0, deadline - time.monotonic())))
+        self._silent_until = time.monotonic() + RETRY_INTERVAL_S
         raise ExpertUnavailable(
-            f"the expert should answer within {self._timeout_s:g} s, but {MAX_ATTEMPTS} attempts "
-            f"failed: {type(problem).__name__}: {problem}"
+            f"the expert should answer within {self._timeout_s:g} s, but: "
+            f"{type(problem).__name__}: {problem}"
         )
 
     def release(self, sequence_ids: Sequence[int]) -> None:

@@ -40,6 +40,7 @@ log = structlog.get_logger(__name__)
 STATE_MAX_AGE_S = 0.5
 """How old the replica's state may be that a model list or a readiness answer is made from."""
 ANSWER_TIMEOUT_S = 10.0
+PING_TIMEOUT_S = 2.0
 
 
 class GatewayBackend:
@@ -151,7 +152,11 @@ class GatewayBackend:
         return self._policy
 
     async def readiness(self) -> Readiness:
-        """Ready to serve when the policy answers and the store is there; says what else is off."""
+        """Ready while the policy answers and the store is there.
+
+        A remote expert that does not answer is a reason, but not a refusal: the service goes on
+        with the policy alone.
+        """
         reasons: list[str] = []
         details: dict[str, Any] = {"version": __version__, "run": self._settings.run_name}
         try:
@@ -167,10 +172,13 @@ class GatewayBackend:
             details["groups"] = counts
         except StoreError as error:
             reasons.append(f"store: {error}")
-        if self._settings.learner.enabled and find_actor(names.LEARNER) is None:
-            # The service answers without a learner; the supervisor is starting one.
-            details["learner"] = "starting"
-        return Readiness(ready=not reasons, reasons=reasons, details=details)
+        is_ready = not reasons
+        if self._expert is not None:
+            try:
+                await asyncio.wait_for(self._expert.ping.remote(), PING_TIMEOUT_S)
+            except (TimeoutError, ray.exceptions.RayError, RayServeException) as error:
+                reasons.append(f"expert: {type(error).__name__}; rollouts follow the policy alone")
+        return Readiness(ready=is_ready, reasons=reasons, details=details)
 
     async def training(self) -> Mapping[str, Any]:
         """Where the run stands, the learner's own view and the collectors' counters."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from mentor_serve.errors import ConfigError
+from mentor_serve.models.progress import no_progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def load_model(
     source, options = _source(name_or_path)
     if "gguf_file" in options:
         options["quantization_config"] = _gguf_config()
-    with _Readable(name_or_path, "model"):
+    with _Readable(name_or_path, "model"), no_progress_bar():
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype,

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mentor_serve.errors import WeightsError
+from mentor_serve.models.progress import no_progress_bar
 from mentor_serve.types import Guidance
 from mentor_serve.weights.directories import (
     atomic_directory,
@@ -116,7 +116,7 @@ def write_snapshot(
     path = snapshot_path(weights_dir, label.version)
     created_at = datetime.now(UTC)
     with atomic_directory(path) as staging:
-        with _no_progress_bar():
+        with no_progress_bar():
             # One file: its hash stands for the version. Shards start far above any single model.
             model.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size="100TB")
         if tokenizer is not None:
@@ -239,17 +239,3 @@ def _snapshot(
         run_id=manifest["run_id"],
         state_dict=state_dict,
     )
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    # save_pretrained draws a bar on stderr, in the middle of the log, at every update.
-    from transformers.utils import logging as transformers_logging
-
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()

@@ -110,6 +110,14 @@ class RunningService:
         psutil.wait_procs(victims, timeout=20)
         self.process.wait(timeout=20)
 
+    def kill_process(self, name: str) -> int:
+        """kill -9 of the processes with `name` in their command line; returns how many."""
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        victims = [process for process in tree if name in " ".join(process.cmdline())]
+        for victim in victims:
+            victim.kill()
+        return len(victims)
+
     def _living(self) -> list[psutil.Process]:
         known = {process.pid: process for process in self._descendants if process.is_running()}
         if self.process.poll() is None:

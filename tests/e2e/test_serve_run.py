@@ -60,6 +60,9 @@ def test_serve_run_with_own_model_tasks_and_a_remote_expert(
     service.wait_for(lambda: service.query(gated)[0][0] > 20, "answers of the remote expert")
     ((lost,),) = service.query("select count(*) from trajectories where expert_lost")
     assert lost == 0
+    step = service.step()
+    assert service.kill_process("Expert") == 1
+    service.wait_for_step(step + 3)
     client = openai.OpenAI(base_url=f"{service.base_url}/v1", api_key="unused")
     reply = client.completions.create(model="expert", prompt="1 + 1 =", max_tokens=4)
     assert reply.choices

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
+from service_checks import assert_every_group_was_used_once
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -117,3 +119,18 @@ def test_training_pauses_and_resumes(service: Any) -> None:
     assert service.get("/health/readiness")
     post("/v1/training/resume")
     service.wait_for_step(step + 1)
+
+
+@pytest.mark.parametrize("victim", ["LearnerActor", "WeightStore", "ServeReplica:mentor:Policy"])
+def test_a_killed_process_is_replaced_and_training_goes_on(service: Any, victim: str) -> None:
+    step = service.step()
+    assert service.kill_process(victim) == 1
+
+    def has_gone_on() -> bool:
+        try:
+            return service.step() >= step + 3
+        except (urllib.error.URLError, ConnectionError):
+            return False  # 503 while the replica is replaced
+
+    service.wait_for(has_gone_on, f"updates after the death of {victim}", timeout_s=120.0)
+    assert_every_group_was_used_once(service)
