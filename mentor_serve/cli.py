@@ -68,7 +68,10 @@ def main() -> None:
 def _fail(error: MentorError, code: int, *, debug: bool) -> None:
     if debug:
         raise error
-    Console(stderr=True).print(f"mentor-serve: {error}", style="red", highlight=False)
+    # No markup: messages hold paths and brackets. No wrapping: one error is one line.
+    Console(stderr=True).print(
+        f"mentor-serve: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
     sys.exit(code)
 
 
@@ -211,20 +214,34 @@ def config_show(
 ) -> None:
     """Print every setting as it resolves from defaults, files, environment and flags.
 
-    Secrets are hidden.
+    The text form is TOML that `--config` reads back; secrets are hidden in both.
     """
     tree = _settings(config, assignments).model_dump(mode="json")
     if as_json:
         _print_json(tree)
         return
-    for section, values in tree.items():
-        if not isinstance(values, dict):
-            out.print(f"{section} = {values!r}", highlight=False, markup=False, soft_wrap=True)
+    for key, value in tree.items():
+        if not isinstance(value, dict):
+            typer.echo(_toml_line(key, value))
     for section, values in tree.items():
         if isinstance(values, dict):
-            out.print(f"\n[{section}]", style="bold", markup=False)
+            typer.echo(f"\n[{section}]")
             for key, value in values.items():
-                out.print(f"{key} = {value!r}", highlight=False, markup=False, soft_wrap=True)
+                typer.echo(_toml_line(key, value))
+
+
+def _toml_line(key: str, value: Any) -> str:
+    return f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}"
+
+
+def _toml_value(value: Any) -> str:
+    """A JSON-like value as TOML; the two agree on everything but tables."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items())
+        return f"{{{inner}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    return json.dumps(value)
 
 
 @app.command()

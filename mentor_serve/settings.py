@@ -161,10 +161,14 @@ class LearnerSettings(_Section):
     device: str = "cpu"
     prompts_per_step: PositiveInt = 16
     """Groups of one update (paper: 128)."""
-    mini_batch_prompts: PositiveInt = 8
+    mini_batch_prompts: PositiveInt = 16
     """Groups of one optimiser step (paper: 64)."""
-    learning_rate: PositiveFloat = 3e-4
+    learning_rate: PositiveFloat = 1e-4
     """AdamW's; fits models of about a million parameters (paper, 7B: 1e-6)."""
+    learning_rate_decay_steps: NonNegativeInt = 400
+    """Updates over which the learning rate falls by a cosine; 0 keeps it (the paper's choice)."""
+    learning_rate_final_ratio: float = Field(default=0.1, gt=0, le=1)
+    """What is left of the learning rate after that."""
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     clip_low: float = Field(default=0.2, gt=0, lt=1)

@@ -41,6 +41,8 @@ def learner_config(settings: Settings) -> LearnerConfig:
         entropy_quantile=guidance.entropy_quantile,
         initial_gamma=guidance.initial_gamma,
         gamma_floor=guidance.gamma_floor,
+        learning_rate_decay_steps=learner.learning_rate_decay_steps,
+        learning_rate_final_ratio=learner.learning_rate_final_ratio,
         checkpoint_every=learner.checkpoint_every,
         keep_checkpoints=learner.keep_checkpoints,
         keep_snapshots=settings.weights.keep_versions,

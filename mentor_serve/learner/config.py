@@ -11,6 +11,8 @@ class UpdateConfig:
 
     mini_batch_prompts: int = 16
     """Groups of one optimiser step."""
+    learning_rate_scale: float = 1.0
+    """Factor on the backend's learning rate; the loop sets it by its schedule."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     temperature: float = 1.0
@@ -43,6 +45,10 @@ class LearnerConfig:
     initial_gamma: float = 999.0
     """gamma_p of version 0."""
     gamma_floor: float = 0.0
+    learning_rate_decay_steps: int = 0
+    """Updates over which the learning rate falls by a cosine; 0 keeps it."""
+    learning_rate_final_ratio: float = 0.1
+    """What is left of the learning rate after that."""
     checkpoint_every: int = 1
     """Updates between two checkpoints. Weights are safe at every update (snapshots); above 1 a
     restart may find optimiser moments that are up to this many updates old."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mentor_serve.core.schedules import cosine_alpha
+from mentor_serve.core.schedules import cosine_alpha, learning_rate_scale
 from mentor_serve.errors import LeaseLost, MentorError, WeightsError
 from mentor_serve.learner.archive import LearnerArchive
 from mentor_serve.learner.backends.base import TrainingBackend
@@ -241,7 +241,13 @@ class Trainer:
             reward_range=self._config.reward_range,
             policy_version=self.current.version,
         )
-        return batch, self._backend.step(batch, self._config.update)
+        scale = learning_rate_scale(
+            self.current.step,
+            decay_steps=self._config.learning_rate_decay_steps,
+            final_ratio=self._config.learning_rate_final_ratio,
+        )
+        update = replace(self._config.update, learning_rate_scale=scale)
+        return batch, self._backend.step(batch, update)
 
     def _blame(self, group_ids: Sequence[str], error: Exception) -> None:
         """Count a failed computation against its groups; give up those that failed too often."""

@@ -157,6 +157,15 @@ def test_configuration_is_shown_without_secrets(run: Callable[..., Outcome]) -> 
     assert "hunter2" not in outcome.out
 
 
+def test_shown_configuration_can_be_read_back(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    shown = run("config", "show", "--set", 'tasks.config={"min_terms": 3}').out
+    file = tmp_path / "shown.toml"
+    file.write_text(shown, encoding="utf-8")
+    again = run("config", "show", "--config", str(file)).out
+    assert again == shown
+    assert "min_terms" in shown
+
+
 def test_doctor_reports_each_check(run: Callable[..., Outcome]) -> None:
     outcome = run("doctor", "--json", "--set", "policy.model=/nowhere/model")
     checks = {check["name"]: check for check in json.loads(outcome.out)}

@@ -270,3 +270,17 @@ def test_a_changed_learning_rate_counts_after_a_restart(filled, run_id, tmp_path
     learner.start()
     assert learner.run_step().learning_rate == 5e-4
     learner.close()
+
+
+def test_the_learning_rate_follows_its_schedule_across_a_restart(filled, run_id, tmp_path):
+    # Cosine from 1e-2 to a tenth of it over 4 updates: factors 1, 0.868, 0.55 for steps 0, 1, 2.
+    schedule = {"learning_rate_decay_steps": 4, "learning_rate_final_ratio": 0.1}
+    learner = make_learner(filled, run_id, tmp_path, **schedule)
+    learner.start()
+    assert learner.run_step().learning_rate == pytest.approx(1e-2)
+    assert learner.run_step().learning_rate == pytest.approx(8.6819805e-3)
+    learner.close()
+    again = make_learner(filled, run_id, tmp_path, **schedule)
+    again.start()
+    assert again.run_step().learning_rate == pytest.approx(5.5e-3)
+    again.close()

@@ -67,6 +67,8 @@ class TorchBackend:
 
     def step(self, batch: TrainingBatch, config: UpdateConfig) -> UpdateMetrics:
         """One update in place."""
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self._learning_rate * config.learning_rate_scale
         return mixed_grpo_update(self.model, batch, config, optimizer=self.optimizer)
 
     def full_state(self) -> dict[str, Tensor]:
