@@ -123,6 +123,7 @@ def test_training_pauses_and_resumes(service: Any) -> None:
 
 @pytest.mark.parametrize("victim", ["LearnerActor", "WeightStore", "ServeReplica:mentor:Policy"])
 def test_a_killed_process_is_replaced_and_training_goes_on(service: Any, victim: str) -> None:
+    service.wait_for_step(1)  # every process is up
     step = service.step()
     assert service.kill_process(victim) == 1
 
