@@ -137,7 +137,8 @@ class UpdateRecord:
     clip_fraction_low: float | None = None
     clip_fraction_high: float | None = None
     mismatch_kl: float | None = None
-    """Mean of behaviour minus learner log-probability at the start of the update, nats."""
+    """Mean of `r - 1 - log r` over on-policy tokens, r the learner's probability at the start of
+    the update over the recorded one: 0 where engine and learner agree."""
     learning_rate: float | None = None
     mean_reward_on_policy: float | None = None
     mean_reward_mixed: float | None = None
