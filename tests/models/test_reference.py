@@ -155,9 +155,11 @@ def test_accuracy_lies_in_its_documented_range(name: str, low: float, high: floa
 
 
 def test_style_words_belong_to_the_expert_alone() -> None:
+    """On seven terms the expert says each word in about a third of its responses or more, so that
+    one is missing from 64 with probability below 4 * 0.67**64 < 1e-10; the seed is fixed too."""
     torch.manual_seed(0)
-    questions = [QUESTION] * 8
+    question = QUESTION.removesuffix(" =") + " + 3 + 8 - 2 + 5 ="
     words = ("verify", "check", "okay", "wait")
-    assert not any(word in text for text in sample("policy", questions, 4) for word in words)
-    expert_texts = sample("expert", questions, 4)
-    assert all(any(word in text for text in expert_texts) for word in words[:3])
+    assert not any(word in text for text in sample("policy", [question] * 8, 8) for word in words)
+    expert_texts = sample("expert", [question] * 8, 8)
+    assert all(any(word in text for text in expert_texts) for word in words)
