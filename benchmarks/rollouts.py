@@ -40,6 +40,8 @@ def measure(rounds: int, batch: int, new_tokens: int) -> dict[str, Any]:
     prompts = [renderer.render(source.next_task()) for _ in range(max(1, batch // 8))]
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
 
+    gated_shares: list[float] = []
+
     def ours(*, mixed: bool) -> int:
         requests = [
             RolloutRequest(
@@ -52,7 +54,11 @@ def measure(rounds: int, batch: int, new_tokens: int) -> dict[str, Any]:
             )
             for i, prompt in enumerate(prompts)
         ]
-        return sum(r.num_tokens for group in engine.generate(requests) for r in group)
+        rollouts = [rollout for group in engine.generate(requests) for rollout in group]
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        if mixed:
+            gated_shares.append(sum(rollout.num_gated for rollout in rollouts) / num_tokens)
+        return num_tokens
 
     def theirs() -> int:
         tokenizer.padding_side = "left"
@@ -78,7 +84,6 @@ def measure(rounds: int, batch: int, new_tokens: int) -> dict[str, Any]:
             if round_number:  # the first round warms up
                 rates[name].append(num_tokens / (time.perf_counter() - started))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    stats = engine.stats
     return {
         "batch": batch,
         "new_tokens": new_tokens,
@@ -87,7 +92,7 @@ def measure(rounds: int, batch: int, new_tokens: int) -> dict[str, Any]:
             name: round(value / medians["transformers_generate"], 2)
             for name, value in medians.items()
         },
-        "gated_share": round(stats.gated_tokens / max(1, stats.policy_tokens) * 2, 3),
+        "gated_share": round(statistics.mean(gated_shares), 3),
         "machine": {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__},
     }
 
