@@ -179,7 +179,9 @@ def evaluate(
 
 
 @db_app.command("upgrade")
-def db_upgrade(config: ConfigOption = None, assignments: SetOption = None) -> None:
+def db_upgrade(
+    config: ConfigOption = None, assignments: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Bring the database to the schema of this version (migrations, under a lock)."""
     from mentor_serve.store import schema_state, upgrade
 
@@ -187,7 +189,10 @@ def db_upgrade(config: ConfigOption = None, assignments: SetOption = None) -> No
     settings.home.mkdir(parents=True, exist_ok=True)
     upgrade(settings.database_url)
     state = schema_state(settings.database_url)
-    typer.echo(f"database is at revision {state.current}")
+    if as_json:
+        _print_json({"revision": state.current, "head": state.head, "status": state.status})
+    else:
+        typer.echo(f"database is at revision {state.current}")
 
 
 @db_app.command("check")

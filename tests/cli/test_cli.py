@@ -135,8 +135,9 @@ def test_database_of_a_newer_version_is_left_alone(run: Callable[..., Outcome], 
 
 
 def test_database_upgrade_and_check(run: Callable[..., Outcome]) -> None:
-    upgraded = run("db", "upgrade")
+    upgraded = run("db", "upgrade", "--json")
     assert upgraded.exit_code == 0
+    assert json.loads(upgraded.out)["status"] == "ok"
     checked = run("db", "check", "--json")
     assert checked.exit_code == 0
     assert json.loads(checked.out)["ok"] is True
