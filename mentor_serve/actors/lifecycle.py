@@ -108,8 +108,10 @@ def _broadcast(deployment: str, method: str, timeout_s: float) -> None:
 
 
 def stop_service() -> None:
-    """End the application and, where this process started it, the cluster."""
-    serve.shutdown()
+    """End the application, and the cluster where this process started it; drain first."""
+    if os.environ.get("RAY_ADDRESS"):
+        serve.shutdown()
+    # A cluster of our own goes as a whole: after the drain no replica has anything to finish.
     ray.shutdown()
 
 
