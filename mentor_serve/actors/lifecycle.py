@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
 import signal
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import ray
@@ -91,17 +91,23 @@ def drain_service(settings: Settings) -> None:
     the shutdown that follows, which is safe at any moment.
     """
     timeout_s = settings.gateway.drain_timeout_s + 5.0
-    parts = ((names.GATEWAY, "drain"), (names.COLLECTOR, "stop"))
-    with ThreadPoolExecutor(max_workers=len(parts)) as pool:
-        for deployment, method in parts:
-            pool.submit(_broadcast, deployment, method, timeout_s)
+    asyncio.run(_drain_replicas(timeout_s))
     # After the collectors: their supervisor would start the learner again.
     stop_learner(timeout_s)
 
 
-def _broadcast(deployment: str, method: str, timeout_s: float) -> None:
+async def _drain_replicas(timeout_s: float) -> None:
+    """Both at once. No thread pool: those are closed when an exiting interpreter gets here."""
+    await asyncio.gather(
+        _broadcast(names.GATEWAY, "drain", timeout_s),
+        _broadcast(names.COLLECTOR, "stop", timeout_s),
+    )
+
+
+async def _broadcast(deployment: str, method: str, timeout_s: float) -> None:
     try:
-        deployment_handle(deployment).broadcast(method).results(timeout_s=timeout_s)
+        response = deployment_handle(deployment).broadcast(method)
+        await response.results_async(timeout_s=timeout_s)
     except Exception as error:
         # Shutdown's boundary: whatever failed here, the shutdown that follows is safe.
         log.warning("drain_incomplete", deployment=deployment, error=str(error))
@@ -130,12 +136,16 @@ def drain_on_exit(settings: Settings) -> None:
         if not is_drained.is_set() and ray.is_initialized():
             is_drained.set()
             drain_service(settings)
-            serve.shutdown()
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:
         del signum, frame
         drain_once()
         raise KeyboardInterrupt
 
-    atexit.register(drain_once)
+    def on_exit() -> None:
+        # On SIGTERM Ray's handler sets an alarm that would abort this process in three seconds.
+        signal.alarm(0)
+        drain_once()
+
+    atexit.register(on_exit)
     signal.signal(signal.SIGINT, on_interrupt)
