@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class GatewayBackend:
         self._collector = handles[names.COLLECTOR]
         self._expert = handles.get(names.EXPERT)
         self._tokenizer: Any = None
+        self._tokenizer_lock = threading.Lock()
         self._state: tuple[float, PolicyState] | None = None
         self._kept: tuple[float, list[Snapshot]] | None = None
         self._started_at = int(time.time())
@@ -66,10 +68,15 @@ class GatewayBackend:
 
     @property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._settings.policy.model)
-        return self._tokenizer
+        """The policy's tokenizer; waits for `load_tokenizer_early` where that is under way."""
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self._settings.policy.model)
+            return self._tokenizer
+
+    def load_tokenizer_early(self) -> None:
+        """Load it in a thread: the first request should not pay seconds of imports."""
+        threading.Thread(target=lambda: self.tokenizer, name="tokenizer", daemon=True).start()
 
     @property
     def max_model_len(self) -> int:
@@ -274,6 +281,7 @@ class Gateway:
         if expert is not None:
             handles[names.EXPERT] = expert
         self._backend = GatewayBackend(settings, store, open_run(settings, store), handles)
+        self._backend.load_tokenizer_early()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         gateway = self._settings.gateway
