@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mentor_serve.errors import MentorError
 from mentor_serve.settings import Settings
@@ -149,11 +149,9 @@ def _models(settings: Settings) -> str:
 
 
 def _tasks(settings: Settings) -> str:
-    from mentor_serve.rollout.tasks import build_source
+    from mentor_serve.actors.workload import task_source
 
-    tasks = settings.tasks
-    arguments: dict[str, Any] = tasks.model_dump(exclude={"system_prompt"})
-    task = build_source(**arguments).next_task()
+    task = task_source(settings).next_task()
     return f"{task.source}, for instance {task.prompt[:60]!r}"
 
 

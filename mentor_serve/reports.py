@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mentor_serve.actors.runtime import open_run, open_store, prepare_state
+from mentor_serve.actors.workload import task_source, verifier_pool
 from mentor_serve.engines import TorchEngine
 from mentor_serve.engines.driver import EngineDriver
 from mentor_serve.errors import ConfigError
 from mentor_serve.evaluation.suite import EvaluationReport, evaluate
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.rollout.prompts import PromptRenderer
-from mentor_serve.rollout.tasks import build_source
-from mentor_serve.rollout.verifiers.pool import VerifierPool
 from mentor_serve.settings import Settings
 from mentor_serve.store import TrajectoryStore
 from mentor_serve.types import Rollout, RolloutRequest
@@ -207,7 +206,7 @@ async def _evaluate(
     on_progress: Callable[[int, int], None] | None,
 ) -> EvaluationReport:
     tokenizer = load_tokenizer(path)
-    policy, tasks, reward = settings.policy, settings.tasks, settings.reward
+    policy = settings.policy
     driver = EngineDriver(
         TorchEngine(
             policy=load_model(path, dtype=policy.dtype, device=policy.device),
@@ -218,14 +217,7 @@ async def _evaluate(
             max_model_len=policy.max_model_len,
         )
     )
-    source = build_source(**tasks.model_dump(exclude={"system_prompt"}))
-    pool = VerifierPool(
-        reward.verifier,
-        num_workers=reward.num_workers,
-        timeout_s=reward.timeout_s,
-        accuracy_weight=reward.accuracy_weight,
-        format_weight=reward.format_weight,
-    )
+    pool = verifier_pool(settings)
 
     async def generate(requests: list[RolloutRequest]) -> list[list[Rollout]]:
         return list(await asyncio.gather(*(driver.generate(request) for request in requests)))
@@ -233,9 +225,9 @@ async def _evaluate(
     try:
         return await evaluate(
             generate,
-            PromptRenderer(tokenizer, tasks.system_prompt),
+            PromptRenderer(tokenizer, settings.tasks.system_prompt),
             pool,
-            source.holdout(num_problems),
+            task_source(settings).holdout(num_problems),
             num_samples=num_samples,
             temperature=temperature,
             max_new_tokens=settings.rollout.max_new_tokens,

@@ -11,9 +11,9 @@ from mentor_serve.actors.expert import expert_deployment
 from mentor_serve.actors.gateway import gateway_deployment
 from mentor_serve.actors.policy import policy_deployment
 from mentor_serve.actors.runtime import open_run, open_store, prepare_state
+from mentor_serve.actors.workload import task_source
 from mentor_serve.models.loading import load_config, load_tokenizer
 from mentor_serve.models.vocabulary import check_same_vocabulary
-from mentor_serve.rollout.tasks import build_source
 from mentor_serve.settings import Settings
 
 
@@ -30,7 +30,7 @@ def check_settings(settings: Settings) -> None:
     tokenizer, config = load_tokenizer(policy), load_config(policy)
     if expert != "none":
         check_same_vocabulary(tokenizer, load_tokenizer(expert), config, load_config(expert))
-    build_source(**settings.tasks.model_dump(exclude={"system_prompt"}))
+    task_source(settings)
     prepare_state(settings)
 
 

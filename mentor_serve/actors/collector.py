@@ -11,11 +11,10 @@ from ray import serve
 from mentor_serve.actors import names
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
 from mentor_serve.actors.supervisor import LearnerSupervisor, stop_learner
+from mentor_serve.actors.workload import task_source, verifier_pool
 from mentor_serve.models.loading import load_tokenizer
 from mentor_serve.rollout.collector import Collector, CollectorConfig
 from mentor_serve.rollout.prompts import PromptRenderer
-from mentor_serve.rollout.tasks import build_source
-from mentor_serve.rollout.verifiers.pool import VerifierPool
 from mentor_serve.settings import Settings
 from mentor_serve.types import Guidance, Rollout, RolloutRequest, SamplingParams
 
@@ -70,31 +69,15 @@ class CollectorReplica:
         self._settings = settings
         self._store = open_store(settings)
         self._run_id = open_run(settings, self._store)
-        tasks, reward = settings.tasks, settings.reward
         index = serve.get_replica_context().rank.rank
         count = settings.rollout.num_collectors
         tokenizer = load_tokenizer(settings.policy.model)
-        self._verifiers = VerifierPool(
-            reward.verifier,
-            num_workers=reward.num_workers,
-            timeout_s=reward.timeout_s,
-            accuracy_weight=reward.accuracy_weight,
-            format_weight=reward.format_weight,
-        )
+        self._verifiers = verifier_pool(settings)
         self._sampler = PolicySampler(policy)
         self._collector = Collector(
             sampler=self._sampler,
-            source=build_source(
-                source=tasks.source,
-                name=tasks.name,
-                config=tasks.config,
-                seed=tasks.seed,
-                size=tasks.size,
-                split=tasks.split,
-                shard=index,
-                num_shards=count,
-            ),
-            renderer=PromptRenderer(tokenizer, tasks.system_prompt),
+            source=task_source(settings, shard=index, num_shards=count),
+            renderer=PromptRenderer(tokenizer, settings.tasks.system_prompt),
             verifier_pool=self._verifiers,
             store=self._store,
             run_id=self._run_id,

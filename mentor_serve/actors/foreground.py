@@ -49,7 +49,7 @@ def run_in_foreground(settings: Settings, *, with_dashboard: bool) -> None:
     # The console belongs to our own lines; every part of the service logs to files and stderr.
     for library in ("ray", "ray.serve", "alembic"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    with _handled_signals() as stop, _owned_state(settings):
+    with _handled_signals() as signals, _owned_state(settings):
         if not os.environ.get("RAY_ADDRESS"):
             check_port_is_free(settings.gateway.host, settings.gateway.port, setting="gateway.port")
         if with_dashboard:
@@ -62,8 +62,9 @@ def run_in_foreground(settings: Settings, *, with_dashboard: bool) -> None:
         dashboard = _start_dashboard(settings) if with_dashboard else None
         try:
             start_service(settings, application)
+            signals.install()
             _announce(console, settings, with_dashboard, time.monotonic() - started)
-            _watch(console, settings, stop)
+            _watch(console, settings, signals.received)
             console.print("Stopping: requests in flight finish, the queue stays stored ...")
             drain_service(settings)
         finally:
@@ -74,37 +75,35 @@ def run_in_foreground(settings: Settings, *, with_dashboard: bool) -> None:
     console.print("Stopped. Start again to go on from the same step.", style="dim")
 
 
-@contextmanager
-def _handled_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one interrupts at once."""
-    stop = threading.Event()
+class _StopSignals:
+    """The first SIGINT or SIGTERM sets `received`; a second one interrupts at once."""
 
-    def on_signal(signum: int, frame: FrameType | None) -> None:
+    def __init__(self) -> None:
+        self.received = threading.Event()
+
+    def install(self) -> None:
+        """Also after `ray.init`, which puts a SIGTERM handler of its own in the place of ours."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         del signum, frame
-        if stop.is_set():
+        if self.received.is_set():
             raise KeyboardInterrupt
-        stop.set()
+        self.received.set()
 
-    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    _reinstall.handler = on_signal
+
+@contextmanager
+def _handled_signals() -> Iterator[_StopSignals]:
+    """Our handlers while the block runs, the former ones after it."""
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = _StopSignals()
+    signals.install()
     try:
-        yield stop
+        yield signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class _Reinstall:
-    """Ray replaces the SIGTERM handler in `ray.init`; this puts ours back afterwards."""
-
-    handler: object = signal.SIG_DFL
-
-    def __call__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handler)  # type: ignore[arg-type]
-
-
-_reinstall = _Reinstall()
 
 
 @contextmanager
@@ -179,7 +178,6 @@ def _announce(
 
 
 def _watch(console: Console, settings: Settings, stop: threading.Event) -> None:
-    _reinstall()
     with open_store(settings) as store:
         run_id = open_run(settings, store)
         if console.is_terminal:
