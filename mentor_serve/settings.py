@@ -60,6 +60,9 @@ class PolicySettings(_Section):
     """Rollouts that decode at the same time."""
     max_model_len: PositiveInt = 512
     """Prompt plus response, in tokens."""
+    kv_cache_gib: PositiveFloat = 4.0
+    """Memory for keys and values of one replica, policy and colocated expert together; requests
+    that do not fit wait."""
     num_replicas: PositiveInt = 1
     num_cpus: PositiveFloat = 0.5
     """CPUs that Ray books for one replica."""
@@ -83,7 +86,11 @@ class ExpertSettings(_Section):
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: NonNegativeInt = 1
     timeout_s: PositiveFloat = 5.0
-    """How long the engine waits for a remote expert before it goes on without it."""
+    """How long a remote expert may take; after that its rollouts go on without it."""
+    run_ahead: Literal["auto"] | NonNegativeInt = "auto"
+    """How far the policy drafts past tokens that wait for the expert. `auto` weighs measured costs;
+    k runs on to k such tokens a rollout, 0 settles each at once. Speed only: what is sampled stays
+    the same."""
 
 
 class RolloutSettings(_Section):

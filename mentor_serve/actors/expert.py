@@ -15,9 +15,10 @@ from ray.serve.exceptions import RayServeException
 from mentor_serve import engines
 from mentor_serve.actors import names
 from mentor_serve.actors.runtime import enter_process
-from mentor_serve.engines.base import ExpertAnswer, ExpertQuery, StepOutput
+from mentor_serve.engines.advice import ExpertAnswers, ExpertQueries
+from mentor_serve.engines.base import StepOutput
 from mentor_serve.engines.driver import EngineDriver
-from mentor_serve.errors import ExpertUnavailable
+from mentor_serve.errors import ExpertUnavailable, InvalidRequest
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.settings import Settings
 from mentor_serve.types import Rollout, RolloutRequest
@@ -39,7 +40,7 @@ class Expert:
         )
         self._server = ExpertServer(
             model,
-            max_sequences=settings.policy.max_batch_size,
+            max_sequences=settings.policy.max_batch_size * settings.policy.num_replicas,
             max_model_len=settings.policy.max_model_len,
         )
         self._server_lock = asyncio.Lock()
@@ -55,8 +56,9 @@ class Expert:
             )
         )
 
-    async def advise(self, queries: list[ExpertQuery]) -> list[ExpertAnswer]:
+    async def advise(self, queries: ExpertQueries) -> ExpertAnswers:
         """Token ids in; log-probabilities and samples out."""
+        # Without this lock, waiting calls would each hold a thread; and it keeps them in order.
         async with self._server_lock:
             return await asyncio.to_thread(self._server.advise, queries)
 
@@ -87,10 +89,10 @@ class Expert:
 
 
 class RemoteExpert:
-    """`ExpertClient` over a Serve handle. Called from the engine's thread, so it may block.
+    """`ExpertClient` over a Serve handle. Blocks: call it through an `ExpertLink`.
 
-    It blocks for at most `timeout_s`; after a failure it does not ask again for
-    `RETRY_INTERVAL_S`, so that a dead expert costs the policy's other requests little.
+    It blocks for at most `timeout_s`; after a failure it refuses at once for `RETRY_INTERVAL_S`,
+    so that rollouts which start meanwhile do not each wait for a dead expert.
     """
 
     def __init__(self, handle: Any, timeout_s: float) -> None:
@@ -98,17 +100,22 @@ class RemoteExpert:
         self._timeout_s = timeout_s
         self._silent_until = 0.0
 
-    def advise(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]:
-        """Raises `ExpertUnavailable` on a time-out, and at once for a while after one."""
+    def advise(self, queries: ExpertQueries) -> ExpertAnswers:
+        """Ask until the time limit.
+
+        Raises:
+            ExpertUnavailable: on a time-out, and at once for a while after one.
+            InvalidRequest: the expert cannot ever answer this.
+        """
         if time.monotonic() < self._silent_until:
             raise ExpertUnavailable("the expert failed a moment ago and is not asked for now")
         deadline = time.monotonic() + self._timeout_s
         problem: Exception | None = None
         while (remaining_s := deadline - time.monotonic()) > 0:
             try:
-                response = self._handle.advise.remote(list(queries))
-                answers: list[ExpertAnswer] = response.result(timeout_s=remaining_s)
-                return answers
+                return self._ask(queries, remaining_s)
+            except InvalidRequest:
+                raise
             except (TimeoutError, ray.exceptions.RayError, RayServeException) as error:
                 # A replica that died is replaced within the time limit or not: ask again.
                 problem = error
@@ -119,9 +126,20 @@ class RemoteExpert:
             f"{type(problem).__name__}: {problem}"
         )
 
+    def _ask(self, queries: ExpertQueries, timeout_s: float) -> ExpertAnswers:
+        response = self._handle.advise.remote(queries)
+        try:
+            answers: ExpertAnswers = response.result(timeout_s=timeout_s)
+        except TimeoutError:
+            # Nobody waits for it any more: what has not begun need not be computed.
+            response.cancel()
+            raise
+        # Ray's arrays are read-only views of its own memory.
+        return answers.copied()
+
     def release(self, sequence_ids: Sequence[int]) -> None:
         """Best effort: the expert evicts forgotten sequences anyway."""
-        self._handle.release.remote(list(sequence_ids))
+        self._handle.release.remote([int(sequence_id) for sequence_id in sequence_ids])
 
 
 def expert_deployment(settings: Settings) -> Any:

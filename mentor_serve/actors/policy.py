@@ -89,6 +89,8 @@ class Policy:
             dtype=policy.dtype,
             max_batch_size=policy.max_batch_size,
             max_model_len=policy.max_model_len,
+            kv_cache_gib=policy.kv_cache_gib,
+            run_ahead=self._settings.expert.run_ahead,
         )
 
     async def guidance(self) -> Guidance:

@@ -1,4 +1,4 @@
-"""What every generation engine offers, and what it needs of an expert.
+"""What every generation engine offers.
 
 An engine turns `RolloutRequest`s into `Rollout`s by continuous batching. It knows token ids and
 weights; tasks, rewards and transport live elsewhere. All methods but `load_weights`, which takes
@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from mentor_serve.engines.advice import ExpertClient
 from mentor_serve.types import Rollout, RolloutRequest
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["Engine", "EngineStats", "ExpertClient", "StepOutput"]
 
 
 @dataclass(slots=True)
@@ -24,7 +27,7 @@ class EngineStats:
     policy_steps: int = 0
     """Batched decode steps of the policy."""
     policy_tokens: int = 0
-    """Generated tokens that were kept."""
+    """Generated tokens that were handed out."""
     prefill_tokens: int = 0
     """Prompt tokens computed ahead of decoding."""
     shared_prefill_tokens: int = 0
@@ -32,7 +35,11 @@ class EngineStats:
     expert_calls: int = 0
     """Batched forward passes of the expert."""
     expert_tokens: int = 0
-    """Tokens the expert read; of a remote expert, positions it was asked about."""
+    """Tokens the expert read; of a remote expert, tokens sent to it."""
+    expert_bytes: int = 0
+    """Payload sent to and received from a remote expert."""
+    rolled_back_tokens: int = 0
+    """Drafted tokens that were thrown away because a draft before them was rejected."""
     gated_tokens: int = 0
     interventions: int = 0
     weight_swaps: int = 0
@@ -40,7 +47,10 @@ class EngineStats:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What one `Engine.step` produced for one rollout (a sample of a request)."""
+    """What one `Engine.step` produced for one rollout (a sample of a request).
+
+    Only settled tokens are handed out, so that none is ever taken back; several may come at once.
+    """
 
     request_id: int
     sample_index: int
@@ -74,7 +84,10 @@ class Engine(Protocol):
         """Queue a request and return its id. Raises `InvalidRequest` if it can never be served."""
 
     def step(self) -> list[StepOutput]:
-        """Admit what fits, then advance every running rollout by at least one token."""
+        """Admit what fits, then do one round of work.
+
+        Some rollouts advance, perhaps by several tokens, and others may wait for the expert.
+        """
 
     def cancel(self, request_id: int) -> None:
         """Drop a request; its running rollouts end with `StopReason.CANCELLED` in the next step."""
@@ -83,38 +96,3 @@ class Engine(Protocol):
 
     def load_weights(self, state_dict: Mapping[str, torch.Tensor], *, version: int) -> None:
         """Replace the policy's weights between two decode steps; running rollouts go on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertQuery:
-    """One gated position: what does the expert say after `token_ids`, and about `proposed`?"""
-
-    sequence_id: int
-    """Stable for the life of a rollout, so that the expert may keep its KV cache."""
-    token_ids: Sequence[int]
-    """The whole sequence before the gated position: prompt, then response so far."""
-    proposed_token_id: int
-    temperature: float
-    seed: int
-    """Seeds the expert's draws at this position."""
-    num_samples: int = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertAnswer:
-    """The expert's view of one gated position. No vocabulary-sized vector crosses a process."""
-
-    proposed_logprob: float
-    """log pi*(proposed)."""
-    sample_token_ids: tuple[int, ...]
-    """i.i.d. draws from pi*."""
-    sample_logprobs: tuple[float, ...]
-
-
-class ExpertClient(Protocol):
-    """A remote expert. Raises `ExpertUnavailable` when no answer comes in time."""
-
-    def advise(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]: ...
-
-    def release(self, sequence_ids: Sequence[int]) -> None:
-        """Forget the KV cache of sequences that ended; best effort."""

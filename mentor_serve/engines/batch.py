@@ -1,7 +1,9 @@
 """The running batch: per-slot state and records as arrays over slots 0 .. n-1.
 
 Structure of arrays in numpy, so that one decode step costs a few vectorised operations and not a
-Python loop over rows. Slots stay compact: when rows end, rows from the tail move into the holes.
+Python loop over rows. Slots stay compact: when rows end, the last rows move into the holes.
+
+A row's tokens are *settled* up to its first open position (`tails.Tails`), and drafted beyond it.
 """
 
 from __future__ import annotations
@@ -17,11 +19,16 @@ from numpy.typing import NDArray
 
 from mentor_serve.core.random import uniforms
 from mentor_serve.engines.scheduler import Job
-from mentor_serve.types import IntArray, Intervention
+from mentor_serve.types import IntArray, Intervention, StopReason
 
 DRAW_BLOCK = 32
 """Positions whose uniforms are computed at once."""
+_KEPT_DRAWS = DRAW_BLOCK // 2
+"""Positions before the next one whose uniforms are kept, because a rollback may return there."""
 _FIRST_RECORDS = 64
+
+SlotIndex = NDArray[np.int64]
+"""Slots [k], distinct unless noted."""
 
 
 class Stream(IntEnum):
@@ -38,6 +45,22 @@ class Stream(IntEnum):
 
 
 _NUM_BLOCK_STREAMS = 4
+
+
+class Ending(IntEnum):
+    """Why a row ends once all its tokens are settled; 0 while it goes on."""
+
+    NONE = 0
+    EOS = 1
+    STOP = 2
+    LENGTH = 3
+
+
+STOP_REASONS = {
+    Ending.EOS: StopReason.EOS,
+    Ending.STOP: StopReason.STOP,
+    Ending.LENGTH: StopReason.LENGTH,
+}
 
 RECORDED: dict[str, Any] = {
     "token_ids": np.int32,
@@ -73,7 +96,15 @@ class Batch:
     def __init__(self, max_slots: int) -> None:
         self.rows: list[Row] = []
         self.num_new = np.zeros(max_slots, np.int64)
-        """Tokens generated so far; the position that is drawn next."""
+        """Tokens drafted so far; the position that is drawn next."""
+        self.num_settled = np.zeros(max_slots, np.int64)
+        """Tokens that nothing can change any more."""
+        self.num_emitted = np.zeros(max_slots, np.int64)
+        """Tokens that were handed out."""
+        self.ending = np.zeros(max_slots, np.int8)
+        """`Ending` that the last drafted token brings about, or 0."""
+        self.is_reading = np.zeros(max_slots, np.bool_)
+        """The prompt is not read yet."""
         self.prompt_len = np.zeros(max_slots, np.int64)
         self.limit = np.zeros(max_slots, np.int64)
         self.last_token = np.zeros(max_slots, np.int64)
@@ -97,9 +128,10 @@ class Batch:
         self.draws = np.zeros((max_slots, DRAW_BLOCK, _NUM_BLOCK_STREAMS), np.float64)
         """[max_slots, DRAW_BLOCK, 4] uniforms for positions from `draw_base` on."""
         self._arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray)]
-        self._records = {
+        self.records = {
             name: np.zeros((max_slots, _FIRST_RECORDS), dtype) for name, dtype in RECORDED.items()
         }
+        """[max_slots, T] by name, T growing: what is recorded of every drafted token."""
 
     @property
     def num_rows(self) -> int:
@@ -110,8 +142,10 @@ class Batch:
         """Put a sample into the next slot and return that."""
         slot = len(self.rows)
         self.rows.append(row)
+        for array in (self.num_new, self.num_settled, self.num_emitted, self.ending):
+            array[slot] = 0
+        self.is_reading[slot] = True
         request, sampling = row.job.request, row.job.request.sampling
-        self.num_new[slot] = 0
         self.prompt_len[slot] = len(row.job.prompt)
         self.limit[slot] = row.job.max_new_tokens
         self.last_token[slot] = row.job.prompt[-1]
@@ -130,46 +164,51 @@ class Batch:
         self.draw_base[slot] = -DRAW_BLOCK
         return slot
 
-    def uniforms(self) -> NDArray[np.float64]:
-        """[n, 4] uniforms of the position that is drawn next, one column a `Stream`."""
-        n = self.num_rows
-        offset = self.num_new[:n] - self.draw_base[:n]
-        if (offset >= DRAW_BLOCK).any():
+    def uniforms(self, slots: SlotIndex) -> NDArray[np.float64]:
+        """[k, 4] uniforms of the positions drawn next in `slots`, one column a `Stream`."""
+        offset = self.num_new[slots] - self.draw_base[slots]
+        if ((offset < 0) | (offset >= DRAW_BLOCK)).any():
             # All rows at once, so that they run out together and this stays rare.
-            self.draw_base[:n] = self.num_new[:n]
+            n = self.num_rows
+            self.draw_base[:n] = np.maximum(self.num_new[:n] - _KEPT_DRAWS, 0)
             fresh = self._fresh_draws(n)
             self.draws[:n, : fresh.shape[1]] = fresh
-            offset = np.zeros(n, np.int64)
-        current: NDArray[np.float64] = self.draws[np.arange(n), offset]
+            offset = self.num_new[slots] - self.draw_base[slots]
+        current: NDArray[np.float64] = self.draws[slots, offset]
         return current
 
-    def record(self, values: dict[str, NDArray[Any]]) -> None:
-        """Write one token a row at position `num_new`, then advance: arrays [n] by field name."""
-        n = self.num_rows
-        positions = self.num_new[:n]
-        needed = int(positions.max()) + 1
+    def record(self, slots: SlotIndex, values: dict[str, Any]) -> None:
+        """Write one drafted token a slot at its `num_new`, then advance: [k] or one for all."""
+        positions = self.num_new[slots]
+        self._reserve(int(positions.max()) + 1)
         for name, new in values.items():
-            stored = self._records[name]
-            if stored.shape[1] < needed:
-                stored = np.pad(stored, ((0, 0), (0, stored.shape[1])))
-                self._records[name] = stored
-            stored[np.arange(n), positions] = new
-        self.last_token[:n] = values["token_ids"]
-        self.num_new[:n] += 1
+            self.records[name][slots, positions] = new
+        self.last_token[slots] = values["token_ids"]
+        self.num_new[slots] += 1
+
+    def amend(
+        self, slots: SlotIndex, positions: NDArray[np.int64], values: dict[str, NDArray[Any]]
+    ) -> None:
+        """Overwrite records at positions that were drafted: arrays [k] by name."""
+        for name, new in values.items():
+            self.records[name][slots, positions] = new
+
+    def cut(self, slots: SlotIndex, positions: NDArray[np.int64]) -> None:
+        """Forget what was drafted beyond `positions`, which become each slot's last token."""
+        self.num_new[slots] = positions + 1
+        self.last_token[slots] = self.records["token_ids"][slots, positions]
+        for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
+            del self.rows[slot].top_logprobs[position + 1 :]
 
     def response(self, slot: int) -> IntArray:
-        """Generated tokens of a slot, a view."""
-        tokens: IntArray = self._records["token_ids"][slot, : self.num_new[slot]]
+        """Drafted tokens of a slot, a view."""
+        tokens: IntArray = self.records["token_ids"][slot, : self.num_new[slot]]
         return tokens
 
-    def sequence(self, slot: int) -> list[int]:
-        """Prompt and generated tokens of a slot."""
-        return [*self.rows[slot].job.prompt, *self.response(slot).tolist()]
-
     def recorded(self, slot: int) -> dict[str, NDArray[Any]]:
-        """Copies of everything recorded for a slot, [T] each."""
-        count = self.num_new[slot]
-        return {name: stored[slot, :count].copy() for name, stored in self._records.items()}
+        """Copies of everything recorded of a slot's settled tokens, [T] each."""
+        count = self.num_settled[slot]
+        return {name: stored[slot, :count].copy() for name, stored in self.records.items()}
 
     def remove(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
         """Drop rows; returns which slots moved where (sources, targets): caches must follow."""
@@ -178,7 +217,7 @@ class Batch:
         targets = sorted(slot for slot in removed if slot < num_left)
         sources = [slot for slot in range(num_left, self.num_rows) if slot not in removed]
         if sources:
-            for array in (*self._arrays, *self._records.values()):
+            for array in (*self._arrays, *self.records.values()):
                 array[targets] = array[sources]
             for source, target in zip(sources, targets, strict=True):
                 self.rows[target] = self.rows[source]
@@ -186,13 +225,18 @@ class Batch:
         return sources, targets
 
     def _fresh_draws(self, n: int) -> NDArray[np.float64]:
-        most = int((self.limit[:n] - self.num_new[:n]).max())
+        most = int((self.limit[:n] - self.draw_base[:n]).max())
         offsets = torch.arange(min(DRAW_BLOCK, most))[:, None]
         drawn = uniforms(
             torch.from_numpy(self.seed[:n])[:, None, None],
             torch.from_numpy(self.sample[:n])[:, None, None],
-            torch.from_numpy(self.num_new[:n])[:, None, None] + offsets,
+            torch.from_numpy(self.draw_base[:n])[:, None, None] + offsets,
             torch.arange(_NUM_BLOCK_STREAMS),
         )
         block: NDArray[np.float64] = drawn.numpy()
         return block
+
+    def _reserve(self, num_tokens: int) -> None:
+        for name, stored in self.records.items():
+            if stored.shape[1] < num_tokens:
+                self.records[name] = np.pad(stored, ((0, 0), (0, stored.shape[1])))

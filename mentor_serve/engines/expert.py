@@ -1,7 +1,8 @@
 """The expert on this machine: `ExpertModel` beside a policy, `ExpertServer` for remote engines.
 
 Both read lazily: a sequence's keys and values are caught up only when someone asks about it, in
-one ragged pass for everybody who asks at that moment.
+one ragged pass for everybody who asks at that moment, and only the positions asked about cost a
+row of the vocabulary.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mentor_serve.core.random import uniforms
-from mentor_serve.engines.base import ExpertAnswer, ExpertQuery
-from mentor_serve.engines.sampler import distribution, draw
+from mentor_serve.engines.advice import (
+    ExpertAnswers,
+    ExpertQueries,
+    LongArray,
+    check_queries,
+)
+from mentor_serve.engines.expert_answers import Layout, fill_in
 from mentor_serve.engines.slot_model import SlotModel, default_max_tokens
-from mentor_serve.errors import InvalidRequest
 from mentor_serve.types import IntArray
 
 _MIN_SHARED_TOKENS = 8
@@ -26,30 +32,46 @@ _MIN_SHARED_TOKENS = 8
 
 
 class ExpertModel:
-    """The colocated expert. Its slots are the policy's slots; `move` and `free` follow them."""
+    """The colocated expert. Its slots are the policy's slots; `move` and `free` follow them.
+
+    What a slot has read is a prefix of its row's prompt and response: `rollback` after a rejected
+    draft keeps it so. Call under `torch.inference_mode`.
+    """
 
     def __init__(self, model: Any, *, max_slots: int, max_tokens: int) -> None:
         self.slots = SlotModel(model, max_slots=max_slots, max_tokens=max_tokens)
         self._prompts: dict[int, tuple[int, ...]] = {}
 
-    def next_logits(
+    def logits_at(
         self,
         slots: Sequence[int],
         prompts: Sequence[tuple[int, ...]],
         responses: Sequence[IntArray],
+        positions: Sequence[Sequence[int]],
     ) -> Tensor:
-        """Float32 logits [n, V] after `prompts[i]` + `responses[i]` in `slots[i]`."""
+        """Float32 logits after `prompts[i] + responses[i][:p]` for every p in `positions[i]`.
+
+        Flat in row order: [sum of len(positions[i]), V]. Positions are increasing, at least one a
+        row. One ragged pass reads what is not read yet; a first position before that is reached by
+        reading from there again.
+        """
         self._share_prompts(slots, prompts)
         pending: list[list[int]] = []
-        for slot, prompt, response in zip(slots, prompts, responses, strict=True):
-            length, extent = self.slots.lengths[slot], len(prompt) + len(response)
-            # Reads at least the last token, whose logits are asked for.
-            start = min(length, extent - 1)
+        wanted: list[list[int]] = []
+        for slot, prompt, response, at in zip(slots, prompts, responses, positions, strict=True):
+            begin = len(prompt)
+            # The token before the first position is read in any case: its logits are asked for.
+            start = min(int(self.slots.lengths[slot]), begin + int(at[0]) - 1)
             self.slots.truncate(slot, start)
-            beyond = response[max(start - len(prompt), 0) :].tolist()
+            beyond = response[max(start - begin, 0) : int(at[-1])].tolist()
             pending.append([*prompt[start:], *beyond])
+            wanted.append([begin + int(position) - 1 - start for position in at])
             self._prompts[slot] = prompt
-        return self.slots.extend(slots, pending)
+        return self.slots.read(slots, pending, wanted)
+
+    def rollback(self, slot: int, num_tokens: int) -> None:
+        """Forget what a slot read beyond the first `num_tokens` tokens of prompt and response."""
+        self.slots.truncate(slot, num_tokens)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Follow the policy's rows into other slots."""
@@ -84,7 +106,8 @@ class ExpertModel:
             if prompt not in donors and len(same) > 1
         ]
         if readers:
-            self.slots.extend([same[0] for _, same in readers], [p[:-1] for p, _ in readers])
+            leaders = [same[0] for _, same in readers]
+            self.slots.read(leaders, [prompt[:-1] for prompt, _ in readers], [()] * len(readers))
             donors.update({prompt: same[0] for prompt, same in readers})
         for prompt, same in takers.items():
             if prompt in donors:
@@ -92,12 +115,25 @@ class ExpertModel:
                 self.slots.copy(donors[prompt], rest, num_tokens=len(prompt) - 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """A sequence that one call catches up."""
+
+    row: int
+    """Of the queries."""
+    slot: int
+    donor: int = -1
+    """Slot to copy a prefix from, once it is read; ..."""
+    num_shared: int = 0
+    """... that prefix's length; 0 where there is nothing to wait for."""
+
+
 class ExpertServer:
     """An `ExpertClient` over a model in this process, for engines elsewhere. Thread-safe.
 
-    Keeps the keys and values of up to `max_sequences` sequences, the least recently asked about
-    going first; a query carries its whole sequence, and only what lies beyond the longest prefix
-    in common with a kept one is read.
+    Keeps the keys and values of up to `max_sequences` sequences; the least recently asked about
+    goes first. A sequence that is sent whole copies the longest prefix that it shares with a kept
+    one (rollouts of one prompt share it), so that only the rest is read.
     """
 
     def __init__(
@@ -109,189 +145,142 @@ class ExpertServer:
         self._slot_of: OrderedDict[int, int] = OrderedDict()
         """Slot of each sequence, the least recently asked about first."""
         self._free = list(range(max_sequences))
-        self._tokens: list[list[int]] = [[] for _ in range(max_sequences)]
-        self._by_prefix: dict[tuple[int, ...], set[int]] = {}
-        """Slots by their first `_MIN_SHARED_TOKENS` tokens, to find prefixes worth copying."""
+        self._tokens = np.zeros((max_sequences, max_tokens), np.int32)
+        """[max_sequences, max_tokens] Of a slot, the first `slots.lengths[slot]` were read."""
+        self._calls = np.zeros(max_sequences, np.int64)
+        """[max_sequences] The call that last asked about each slot's sequence."""
         self._lock = threading.Lock()
 
-    def advise(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]:
-        """Answer queries in order.
+    def advise(self, queries: ExpertQueries) -> ExpertAnswers:
+        """Answer all queries; `missing` marks sequences that have to be sent whole.
 
         Raises:
-            InvalidRequest: a sequence that is empty or too long, a token out of vocabulary, a
-                temperature that is not positive.
+            InvalidRequest: something is out of the vocabulary, too long or contradictory.
         """
-        for query in queries:
-            self._check(query)
-        answers: list[ExpertAnswer] = []
+        check_queries(queries, vocab_size=self.slots.vocab_size, max_tokens=self.slots.max_tokens)
+        answers = ExpertAnswers.blank(queries)
+        layout = Layout.of(queries)
         with self._lock, torch.inference_mode():
-            for chunk in _distinct_chunks(queries, self._max_sequences):
-                answers += self._answer(chunk)
+            rows = self._answerable(queries, answers)
+            for begin in range(0, len(rows), self._max_sequences):
+                chunk = rows[begin : begin + self._max_sequences]
+                leaders, followers = self._place(queries, layout, chunk)
+                self._read(queries, layout, leaders, answers)
+                for reading in followers:
+                    self.slots.copy(reading.donor, [reading.slot], num_tokens=reading.num_shared)
+                self._read(queries, layout, followers, answers)
         return answers
 
     def release(self, sequence_ids: Sequence[int]) -> None:
         """Forget sequences; unknown ones are ignored."""
         with self._lock:
             for sequence_id in sequence_ids:
-                slot = self._slot_of.pop(sequence_id, None)
+                slot = self._slot_of.pop(int(sequence_id), None)
                 if slot is not None:
-                    self._forget(slot)
+                    self.slots.truncate(slot, 0)
                     self._free.append(slot)
 
-    def _answer(self, queries: Sequence[ExpertQuery]) -> list[ExpertAnswer]:
-        first, second = self._place(queries)
-        logits: dict[int, Tensor] = {}
-        self._read(queries, first, logits)
-        for index, source in second:
-            self._copy_prefix(source, queries[index])
-        self._read(queries, [index for index, _ in second], logits)
-        return _answers(queries, torch.stack([logits[index] for index in range(len(queries))]))
-
-    def _place(self, queries: Sequence[ExpertQuery]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Give each query a slot, with the best kept prefix in it.
-
-        Returns the queries to read first, and those whose prefix one of the first has yet to read,
-        with the slot to copy it from.
-        """
-        for query in queries:
-            if query.sequence_id in self._slot_of:
-                self._slot_of.move_to_end(query.sequence_id)
-        first: list[int] = []
-        second: list[tuple[int, int]] = []
-        fresh: dict[tuple[int, ...], int] = {}
-        for index, query in enumerate(queries):
-            if query.sequence_id in self._slot_of:
-                first.append(index)
-                continue
-            source = self._best_prefix(query.token_ids)
-            slot = self._take_slot(query.sequence_id)
-            key = _prefix_key(query.token_ids)
-            if source is not None and source != slot:
-                self._copy_prefix(source, query)
-                first.append(index)
-            elif key in fresh:
-                second.append((index, fresh[key]))
+    def _answerable(self, queries: ExpertQueries, answers: ExpertAnswers) -> list[int]:
+        """Rows that can be read, kept sequences before new ones evict them; marks the others."""
+        kept: list[int] = []
+        whole: list[int] = []
+        starts, ids = queries.starts.tolist(), queries.sequence_ids.tolist()
+        for row, (start, sequence_id) in enumerate(zip(starts, ids, strict=True)):
+            slot = self._slot_of.get(sequence_id)
+            is_late = slot is not None and self._calls[slot] > queries.call
+            if start == 0 and not is_late:
+                whole.append(row)
+            elif slot is not None and self.slots.lengths[slot] >= start and not is_late:
+                kept.append(row)
             else:
-                if key is not None:
-                    fresh[key] = slot
-                first.append(index)
-        return first, second
+                answers.missing[row] = True
+        return kept + whole
 
-    def _take_slot(self, sequence_id: int) -> int:
-        if self._free:
-            slot = self._free.pop()
-        else:
-            _, slot = self._slot_of.popitem(last=False)
-            self._forget(slot)
-        self._slot_of[sequence_id] = slot
+    def _place(
+        self, queries: ExpertQueries, layout: Layout, rows: list[int]
+    ) -> tuple[list[_Reading], list[_Reading]]:
+        """Give every row a slot with as much of its prefix as there is, and note its tokens.
+
+        Returns what can be read at once, and what shares a prefix that one of those has yet to
+        read.
+        """
+        for sequence_id in queries.sequence_ids[rows].tolist():
+            if sequence_id in self._slot_of:
+                self._slot_of.move_to_end(sequence_id)
+        extents = np.array(self.slots.lengths, np.int64)
+        """[max_sequences] What each slot holds once the first readings are done."""
+        leaders: list[_Reading] = []
+        followers: list[_Reading] = []
+        for row in rows:
+            sequence_id, start = int(queries.sequence_ids[row]), int(queries.starts[row])
+            begin = layout.first_token[row]
+            # All but the last proposal, which is judged and not read.
+            tokens = queries.token_ids[begin : begin + queries.num_tokens[row] - 1]
+            if start > 0:
+                reading = _Reading(row=row, slot=self._slot_of[sequence_id])
+                self.slots.truncate(reading.slot, start)
+            else:
+                first_position = int(queries.positions[layout.first_position[row]])
+                reading = self._settle(row, sequence_id, tokens[: first_position - 1], extents)
+            end = start + len(tokens)
+            self._tokens[reading.slot, start:end] = tokens
+            self._calls[reading.slot] = queries.call
+            if reading.num_shared:
+                extents[reading.slot] = 0
+                followers.append(reading)
+            else:
+                extents[reading.slot] = end
+                leaders.append(reading)
+        return leaders, followers
+
+    def _settle(self, row: int, sequence_id: int, tokens: IntArray, extents: LongArray) -> _Reading:
+        """Find a slot for a sequence sent whole, and the longest prefix of `tokens` for it."""
+        # The column beyond the last differs, so that argmax is the length of the common prefix.
+        differs = np.ones((self._max_sequences, len(tokens) + 1), np.bool_)
+        np.not_equal(self._tokens[:, : len(tokens)], tokens, out=differs[:, :-1])
+        shared = np.minimum(differs.argmax(axis=1), extents)
+        donor = int(shared.argmax())
+        num_shared = int(shared[donor])
+        slot = self._slot(sequence_id)
+        if slot == donor:
+            self.slots.truncate(slot, num_shared)
+            return _Reading(row=row, slot=slot)
+        self.slots.truncate(slot, 0)
+        if num_shared < _MIN_SHARED_TOKENS:
+            return _Reading(row=row, slot=slot)
+        if num_shared > self.slots.lengths[donor]:
+            return _Reading(row=row, slot=slot, donor=donor, num_shared=num_shared)
+        self.slots.copy(donor, [slot], num_tokens=num_shared)
+        return _Reading(row=row, slot=slot)
+
+    def _slot(self, sequence_id: int) -> int:
+        """The sequence's slot: its own, a free one, or that of the least recent sequence."""
+        slot = self._slot_of.get(sequence_id)
+        if slot is None:
+            slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
+            self._slot_of[sequence_id] = slot
         return slot
 
-    def _best_prefix(self, tokens: Sequence[int]) -> int | None:
-        """The slot that shares the longest prefix with `tokens`, if one is worth a copy."""
-        key = _prefix_key(tokens)
-        slots = self._by_prefix.get(key, ()) if key is not None else ()
-        shared = {slot: _common_prefix(self._tokens[slot], tokens) for slot in slots}
-        return max(shared, key=lambda slot: shared[slot], default=None)
-
-    def _copy_prefix(self, source: int, query: ExpertQuery) -> None:
-        slot = self._slot_of[query.sequence_id]
-        shared = _common_prefix(self._tokens[source], query.token_ids)
-        self.slots.copy(source, [slot], num_tokens=shared)
-        self._remember(slot, query.token_ids[:shared])
-
     def _read(
-        self, queries: Sequence[ExpertQuery], indices: Sequence[int], logits: dict[int, Tensor]
+        self,
+        queries: ExpertQueries,
+        layout: Layout,
+        readings: Sequence[_Reading],
+        answers: ExpertAnswers,
     ) -> None:
-        """Catch up the sequences of some queries and store the logits after each, by index."""
-        if not indices:
+        """Catch up sequences in one ragged pass and answer their positions."""
+        if not readings:
             return
-        slots, pending = [], []
-        for query in (queries[index] for index in indices):
-            slot = self._slot_of[query.sequence_id]
-            shared = _common_prefix(self._tokens[slot], query.token_ids)
-            # Reads at least the last token, whose logits are asked for.
-            start = min(shared, len(query.token_ids) - 1)
-            self.slots.truncate(slot, start)
-            self._remember(slot, query.token_ids)
-            slots.append(slot)
-            pending.append(list(query.token_ids[start:]))
-        logits.update(zip(indices, self.slots.extend(slots, pending), strict=True))
-
-    def _forget(self, slot: int) -> None:
-        self.slots.truncate(slot, 0)
-        self._remember(slot, ())
-
-    def _remember(self, slot: int, tokens: Sequence[int]) -> None:
-        old, new = _prefix_key(self._tokens[slot]), _prefix_key(tokens)
-        self._tokens[slot] = list(tokens)
-        if old is not None and old != new:
-            self._by_prefix[old].discard(slot)
-            if not self._by_prefix[old]:
-                del self._by_prefix[old]
-        if new is not None:
-            self._by_prefix.setdefault(new, set()).add(slot)
-
-    def _check(self, query: ExpertQuery) -> None:
-        vocab_size, most = self.slots.vocab_size, self.slots.max_tokens
-        if not 1 <= len(query.token_ids) <= most:
-            raise InvalidRequest(
-                f"expert query: expected 1 to {most} tokens, got {len(query.token_ids)}"
-            )
-        ids = (*query.token_ids, query.proposed_token_id)
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise InvalidRequest(
-                f"expert query: expected token ids from 0 to {vocab_size - 1}, "
-                f"got {min(ids)} to {max(ids)}"
-            )
-        if not query.temperature > 0 or query.num_samples < 0:
-            raise InvalidRequest(
-                "expert query: expected temperature > 0 and num_samples >= 0, got "
-                f"{query.temperature} and {query.num_samples}"
-            )
-
-
-def _answers(queries: Sequence[ExpertQuery], logits: Tensor) -> list[ExpertAnswer]:
-    device = logits.device
-    temperatures = torch.tensor([query.temperature for query in queries], device=device)
-    expert = distribution(logits, temperatures)
-    most = max(query.num_samples for query in queries)
-    seeds = torch.tensor([query.seed for query in queries]).unsqueeze(1)
-    draws = uniforms(seeds, torch.arange(most), torch.zeros_like(seeds), 0)
-    samples = draw(expert.probs, draws.to(device))
-    sample_logprobs = expert.logprobs.gather(-1, samples).tolist()
-    proposed = torch.tensor([[query.proposed_token_id] for query in queries], device=device)
-    proposed_logprobs = expert.logprobs.gather(-1, proposed).squeeze(-1).tolist()
-    return [
-        ExpertAnswer(
-            proposed_logprob=proposed_logprobs[row],
-            sample_token_ids=tuple(tokens[: query.num_samples]),
-            sample_logprobs=tuple(sample_logprobs[row][: query.num_samples]),
-        )
-        for row, (query, tokens) in enumerate(zip(queries, samples.tolist(), strict=True))
-    ]
-
-
-def _distinct_chunks(queries: Sequence[ExpertQuery], size: int) -> list[list[ExpertQuery]]:
-    """Cut queries into runs of at most `size` in which no sequence occurs twice."""
-    chunks: list[list[ExpertQuery]] = []
-    seen: set[int] = set()
-    for query in queries:
-        if not chunks or len(chunks[-1]) == size or query.sequence_id in seen:
-            chunks.append([])
-            seen = set()
-        chunks[-1].append(query)
-        seen.add(query.sequence_id)
-    return chunks
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    shared = min(len(left), len(right))
-    if list(left[:shared]) == list(right[:shared]):
-        return shared
-    pairs = zip(left, right, strict=False)
-    return next(index for index, (ours, theirs) in enumerate(pairs) if ours != theirs)
-
-
-def _prefix_key(tokens: Sequence[int]) -> tuple[int, ...] | None:
-    """The first tokens of a sequence, or None where it is too short to be worth sharing."""
-    return tuple(tokens[:_MIN_SHARED_TOKENS]) if len(tokens) >= _MIN_SHARED_TOKENS else None
+        pending: list[IntArray] = []
+        wanted: list[LongArray] = []
+        indices: list[LongArray] = []
+        for reading in readings:
+            row, length = reading.row, int(self.slots.lengths[reading.slot])
+            first = layout.first_position[row]
+            at = np.arange(first, first + queries.num_positions[row])
+            positions = queries.positions[at].astype(np.int64)
+            pending.append(self._tokens[reading.slot, length : positions[-1]])
+            wanted.append(positions - 1 - length)
+            indices.append(at)
+        logits = self.slots.read([reading.slot for reading in readings], pending, wanted)
+        fill_in(queries, layout, np.concatenate(indices), logits, answers)

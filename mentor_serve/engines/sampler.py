@@ -6,7 +6,7 @@ argument, so that the caller decides what it depends on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,43 +14,79 @@ from torch import Tensor
 _FLAT_VOCABULARY = 4096
 """Up to here the whole CDF is built; beyond it, block sums find the block first."""
 _BLOCK = 512
+_LOWEST = -1e4
+"""Nats below the most likely token where a probability is 0 in every format anyway."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """A batch of next-token distributions, at each row's temperature, before truncation."""
+    """A batch of next-token distributions, each at its row's temperature, before truncation.
 
-    logprobs: Tensor
-    """[n, V] float32, nats."""
-    probs: Tensor
-    """[n, V] float32."""
+    Built from logits in as few passes over the vocabulary as sampling needs; normalised
+    vectors are made only for who asks.
+    """
+
+    def __init__(self, logits: Tensor, temperatures: Tensor | None = None) -> None:
+        if temperatures is not None:
+            logits = logits.div_(temperatures.unsqueeze(-1))
+        # A token that is masked out by -inf must not make NaN of 0 * -inf in the entropy.
+        self._shifted = logits.sub_(logits.amax(dim=-1, keepdim=True)).clamp_(min=_LOWEST)
+        self.masses = self._shifted.exp()
+        """[n, V] float32 probabilities up to a factor for each row."""
+        self._totals = self.masses.sum(dim=-1)
 
     def entropies(self) -> Tensor:
         """[n], nats, full vocabulary."""
-        entropies: Tensor = torch.special.entr(self.probs).sum(dim=-1)
-        return entropies
+        products = torch.linalg.vecdot(self.masses, self._shifted)
+        return (self._totals.log() - products / self._totals).clamp_(min=0.0)
+
+    def logprobs_of(self, token_ids: Tensor) -> Tensor:
+        """Log-probabilities of tokens [n] or [n, k], in that shape."""
+        if token_ids.ndim == 1:
+            return self.logprobs_of(token_ids.unsqueeze(-1)).squeeze(-1)
+        return self._shifted.gather(-1, token_ids) - self._totals.log().unsqueeze(-1)
+
+    def logprobs_at(self, rows: Tensor) -> Tensor:
+        """Normalised log-probabilities of some rows [m], [m, V]."""
+        return self._shifted[rows] - self._totals[rows].log().unsqueeze(-1)
+
+    def most_likely(self, rows: Tensor) -> Tensor:
+        """Most likely tokens of some rows [m], [m]."""
+        return self._shifted[rows].argmax(dim=-1)
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """[n, V] float32, nats."""
+        return self._shifted - self._totals.log().unsqueeze(-1)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """[n, V] float32."""
+        return self.masses / self._totals.unsqueeze(-1)
 
 
-def distribution(logits: Tensor, temperatures: Tensor) -> Distribution:
-    """Softmax of float32 logits [n, V] at temperatures [n] > 0."""
-    logprobs = torch.log_softmax(logits / temperatures.unsqueeze(-1), dim=-1)
-    return Distribution(logprobs=logprobs, probs=logprobs.exp())
+def distribution(logits: Tensor, temperatures: Tensor | None = None) -> Distribution:
+    """Softmax of float32 logits [n, V] at temperatures [n] > 0; None is 1 everywhere.
+
+    The logits are overwritten: fresh memory for a large vocabulary costs more than the softmax.
+    """
+    return Distribution(logits, temperatures)
 
 
 def draw(masses: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the CDF of unnormalised masses: [n, V], float64 [n] or [n, k] -> ids of that shape.
 
-    Exact up to float64 sums: token v is drawn iff `cdf(v-1) <= u * total < cdf(v)`, so a token
-    without mass is never drawn where the total is positive.
+    Exact up to rounding: token v is drawn iff `cdf(v-1) <= u * total < cdf(v)`, so a token without
+    mass is never drawn where the total is positive. Sums are float64, within blocks float32.
     """
     if uniforms.ndim == 1:
         return draw(masses, uniforms.unsqueeze(-1)).squeeze(-1)
     num_rows, num_tokens = masses.shape
     if num_tokens <= _FLAT_VOCABULARY:
         return _invert(masses, uniforms)[0]
-    padded = torch.nn.functional.pad(masses, (0, -num_tokens % _BLOCK))
-    blocks = padded.view(num_rows, -1, _BLOCK)
-    block, fraction = _invert(blocks.sum(dim=-1, dtype=torch.float64), uniforms)
+    if num_tokens % _BLOCK:
+        masses = torch.nn.functional.pad(masses, (0, -num_tokens % _BLOCK))
+    blocks = masses.view(num_rows, -1, _BLOCK)
+    block, fraction = _invert(blocks.sum(dim=-1), uniforms)
     rows = torch.arange(num_rows, device=masses.device).unsqueeze(-1)
     inside = blocks[rows, block].flatten(0, 1)
     within = _invert(inside, fraction.flatten().unsqueeze(-1))[0].view_as(block)

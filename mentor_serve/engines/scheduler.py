@@ -1,5 +1,7 @@
 """Which samples run next: higher priority first, then in order of submission.
 
+Samples are admitted while there are slots and key-value memory for all they may generate, so that
+a running row is never put out again. The next in line waits for room rather than being overtaken.
 Also holds the checks that a request must pass before it may wait. Knows nothing of models.
 """
 
@@ -29,6 +31,13 @@ class Job:
     prompt_logprobs: FloatArray | None = None
     """Filled by the first prefill where the request wants them."""
     prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
+    scored_by: int | None = None
+    """Sample whose prefill fills them."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and response at their longest."""
+        return len(self.prompt) + self.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +48,25 @@ class EngineLimits:
     max_model_len: int
     has_expert: bool
     has_tokenizer: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a batch may hold."""
+
+    num_slots: int
+    """Rows of any request."""
+    num_priority_slots: int
+    """Further rows for requests of a priority above 0, so that those need not wait for rollouts."""
+    num_tokens: int
+    """Key-value memory in tokens; every slot is as long as the longest row needs."""
+
+    def fits(self, job: Job, *, num_rows: int, longest: int) -> bool:
+        """May a sample of `job` join `num_rows` rows of which none exceeds `longest` tokens?"""
+        most = self.num_slots
+        if job.request.priority > 0:
+            most += self.num_priority_slots
+        return num_rows < most and (num_rows + 1) * max(longest, job.max_tokens) <= self.num_tokens
 
 
 class Scheduler:
@@ -57,10 +85,17 @@ class Scheduler:
             entry = (-job.request.priority, job.request_id, sample, job)
             heapq.heappush(self._waiting, entry)
 
-    def admit(self, num_slots: int) -> list[tuple[Job, int]]:
-        """Take up to `num_slots` samples, best first, as (job, sample index)."""
-        count = min(num_slots, len(self._waiting))
-        return [(job, sample) for _, _, sample, job in self._pop(count)]
+    def admit(self, room: Room, *, num_rows: int, longest: int) -> list[tuple[Job, int]]:
+        """Take the best samples that fit beside what runs, as (job, sample index)."""
+        taken: list[tuple[Job, int]] = []
+        while self._waiting:
+            job = self._waiting[0][3]
+            if not room.fits(job, num_rows=num_rows + len(taken), longest=longest):
+                break
+            _, _, sample, job = heapq.heappop(self._waiting)
+            longest = max(longest, job.max_tokens)
+            taken.append((job, sample))
+        return taken
 
     def withdraw(self, request_id: int) -> list[tuple[Job, int]]:
         """Take every waiting sample of one request out of the queue."""
@@ -69,9 +104,6 @@ class Scheduler:
             self._waiting = [entry for entry in self._waiting if entry[1] != request_id]
             heapq.heapify(self._waiting)
         return [(job, sample) for _, _, sample, job in sorted(taken, key=lambda entry: entry[:3])]
-
-    def _pop(self, count: int) -> list[tuple[int, int, int, Job]]:
-        return [heapq.heappop(self._waiting) for _ in range(count)]
 
 
 def check_request(request: RolloutRequest, limits: EngineLimits) -> None:

@@ -1,8 +1,9 @@
-"""A Hugging Face causal language model that keeps many sequences in key-value slots.
+"""A causal language model that keeps many sequences in key-value slots.
 
-`decode` advances slots 0 .. n-1 by one token each (the hot path); `extend` reads different
-numbers of tokens into any slots. Works for every full-attention model that takes explicit
-positions and a ready attention mask; others are refused when the model is handed over.
+`decode` advances slots 0 .. n-1 by one token each (the hot path); `read` takes different numbers of
+tokens into any slots and returns the logits that are wanted. Models of the Llama family run on a
+fused forward pass, every other full-attention model that takes explicit positions and a ready
+attention mask on its own; the rest are refused when the model is handed over.
 """
 
 from __future__ import annotations
@@ -11,25 +12,32 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mentor_serve.engines.kv_cache import SlotCache, Span, rounded_length
+from mentor_serve.engines.fused import FusedForward
+from mentor_serve.engines.probe import build_forward
+from mentor_serve.engines.read_plan import Ragged, passes
 from mentor_serve.errors import EngineError
+
+TokenRow = Sequence[int] | NDArray[np.integer[Any]]
+"""Token ids, or offsets into them."""
 
 _FULL = "full_attention"
 _WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-_MAX_PASS_TOKENS = 8192
-"""Padded tokens of one pass of `extend`; more are cut into several passes."""
-_MAX_PADDING = 256
-"""Padding that one pass of `extend` may hold before splitting it pays."""
 DEFAULT_MAX_MODEL_LEN = 4096
 
 
 class SlotModel:
     """A model with `max_slots` sequences of up to `max_tokens` tokens each.
 
-    `lengths[slot]` is the number of tokens a slot has read. Call under `torch.inference_mode`.
+    Sets eval mode. The weights may be changed in place between calls, but not moved or replaced.
+    Call under `torch.inference_mode`.
+
+    Raises:
+        EngineError: a model whose sequences cannot live in key-value slots.
     """
 
     def __init__(self, model: Any, *, max_slots: int, max_tokens: int) -> None:
@@ -37,126 +45,166 @@ class SlotModel:
         self.model = model.eval()
         self.device: torch.device = model.device
         self.max_tokens = max_tokens
-        self.lengths = [0] * max_slots
+        self.lengths: NDArray[np.int64] = np.zeros(max_slots, np.int64)
+        """[max_slots] How many tokens each slot has read."""
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.num_passes = 0
         self.num_tokens_read = 0
-        self._cache = SlotCache(max_slots=max_slots, max_tokens=max_tokens)
-        self._mask_dtype: torch.dtype = model.dtype
+        self._forward, self._storage = build_forward(
+            self.model, max_slots=max_slots, max_tokens=max_tokens
+        )
 
-    def decode(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Read one token into each of the slots 0 .. n-1: [n], [n] -> float32 logits [n, V].
+    @property
+    def is_fused(self) -> bool:
+        """The model runs on the fused forward pass and not on its own."""
+        return isinstance(self._forward, FusedForward)
 
-        `positions` are the slots' lengths before the call.
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token of one slot, over all layers."""
+        if not self._storage.tensors:
+            # The model's own forward shows its shapes when it first runs; no slot is in use yet.
+            with torch.inference_mode():
+                zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+                self._forward.decode(zero, zero, length=1)
+        return self._storage.bytes_per_token
+
+    @property
+    def footprint(self) -> int:
+        """Bytes that the keys and values of all slots hold now, used or not."""
+        return self._storage.footprint
+
+    def reserve(self, num_slots: int, num_tokens: int) -> None:
+        """Hold exactly `num_slots` slots of `num_tokens` tokens, or as many as are in use.
+
+        Grows or reshapes the storage ahead of need (fewer slots, longer); one tensor at a time, so
+        that only one is ever held twice. Without it the storage grows by doubling.
+
+        Raises:
+            EngineError: more than `max_slots` or `max_tokens`.
+        """
+        used = np.flatnonzero(self.lengths)
+        num_used = int(used[-1]) + 1 if len(used) else 0
+        self._storage.reshape(
+            max(num_slots, num_used), max(num_tokens, int(self.lengths.max(initial=0)))
+        )
+
+    def decode(
+        self,
+        token_ids: Tensor,
+        positions: Tensor | None = None,
+        *,
+        active: NDArray[np.bool_] | None = None,
+    ) -> Tensor:
+        """Read one token into each of the slots 0 .. n-1: [n] -> float32 logits [n, V].
+
+        Args:
+            token_ids: [n] on the model's device.
+            positions: [n] the slots' lengths, if they are on the device already.
+            active: [n] rows that are False are dummies: computed along, their logits mean nothing,
+                their lengths stay. What is written beyond a length is overwritten when the slot
+                reads on. A dummy that is full (`max_tokens` long) loses the keys and values of its
+                last token, which matter only to tokens that would come after it.
+
+        Raises:
+            EngineError: a slot is full.
         """
         num_rows = token_ids.shape[0]
-        longest = max(self.lengths[:num_rows]) + 1
-        span = Span(
-            slots=torch.arange(num_rows, device=self.device),
-            is_leading=True,
-            positions=positions.unsqueeze(1),
-            kept=None,
-            length=rounded_length(longest, max_tokens=self.max_tokens),
-        )
-        self._cache.open_span(span, num_slots=num_rows)
-        logits = self._forward(token_ids.unsqueeze(1), span, keep=1)[:, -1]
-        for slot in range(num_rows):
-            self.lengths[slot] += 1
-        self.num_tokens_read += num_rows
+        lengths = self.lengths[:num_rows]
+        longest = int(lengths.max())
+        if longest >= self.max_tokens:
+            self._check_room(lengths if active is None else lengths[active])
+            longest = self.max_tokens - 1
+            positions = None
+        if positions is None:
+            places = torch.from_numpy(np.minimum(lengths, longest))
+            positions = places.to(self.device, non_blocking=True)
+        logits = self._forward.decode(token_ids, positions, length=longest + 1)
+        lengths += 1 if active is None else active
+        self.num_passes += 1
+        self.num_tokens_read += num_rows if active is None else int(active.sum())
         return logits
 
-    def extend(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Read `token_ids[i]` (at least one) into `slots[i]`; returns the logits after the last.
+    def read(
+        self, slots: Sequence[int], token_ids: Sequence[TokenRow], wanted: Sequence[TokenRow]
+    ) -> Tensor:
+        """Read `token_ids[i]` (at least one) into `slots[i]` (all different).
 
-        Float32 [n, V], in the order given.
-        Raggedness is padded on the left; rows of very different length go in separate passes.
+        Args:
+            slots: any slots, in any order.
+            token_ids: rows of any lengths; long ones are read in chunks.
+            wanted: for each row increasing offsets into its tokens, maybe none.
+
+        Returns:
+            Float32 logits after the wanted tokens, flat in row order: [sum of len(wanted[i]), V].
+
+        Raises:
+            EngineError: arguments that contradict this, or a slot would overflow.
         """
-        logits: Tensor | None = None
-        for rows in _passes([len(tokens) for tokens in token_ids]):
-            part = self._extend_pass(
-                [slots[row] for row in rows], [token_ids[row] for row in rows], keep=1
-            )[:, -1]
-            if len(rows) == len(slots):
-                inverse = torch.empty(len(rows), dtype=torch.int64)
-                inverse[torch.tensor(rows)] = torch.arange(len(rows))
-                return part[inverse.to(self.device)]
-            if logits is None:
-                logits = part.new_empty((len(slots), part.shape[1]))
-            logits[torch.tensor(rows, device=self.device)] = part
-        if logits is None:
-            raise EngineError("extend: expected at least one slot, got none")
+        ragged = Ragged.of(
+            slots=slots,
+            starts=self.lengths[np.asarray(slots, np.int64)],
+            token_ids=token_ids,
+            wanted=wanted,
+        )
+        self._check_room(ragged.ends - 1)
+        max_cells = self._forward.max_cells(int(ragged.ends.max()))
+        parts = passes(ragged, max_cells=max_cells, max_padding=self._forward.max_padding)
+        logits = torch.empty((0, self.vocab_size), device=self.device)
+        for part, which in parts:
+            some = self._forward.read(part)
+            self.lengths[part.slots] = part.ends
+            self.num_passes += 1
+            self.num_tokens_read += len(part.token_ids)
+            if len(which) == len(ragged.wanted):
+                logits = some
+            elif len(which):
+                if not len(logits):
+                    logits = some.new_empty((len(ragged.wanted), self.vocab_size))
+                logits[torch.from_numpy(which).to(self.device)] = some
         return logits
+
+    def extend(self, slots: Sequence[int], token_ids: Sequence[TokenRow]) -> Tensor:
+        """`read` that returns the logits after the last token of every row: float32 [n, V]."""
+        return self.read(slots, token_ids, [(len(row) - 1,) for row in token_ids])
 
     def score(
         self, slot: int, token_ids: Sequence[int], *, chunk_tokens: int = 256
     ) -> list[Tensor]:
         """Read tokens into one slot and return the logits after each, in chunks [chunk, V]."""
-        return [
-            self._extend_pass([slot], [token_ids[start : start + chunk_tokens]], keep=0)[0]
+        chunks = [
+            token_ids[start : start + chunk_tokens]
             for start in range(0, len(token_ids), chunk_tokens)
         ]
+        return [self.read([slot], [chunk], [range(len(chunk))]) for chunk in chunks]
 
     def copy(self, source: int, targets: Sequence[int], *, num_tokens: int) -> None:
         """Give other slots the first `num_tokens` tokens of one slot."""
-        self._cache.copy([source] * len(targets), targets, num_tokens=num_tokens)
-        for target in targets:
-            self.lengths[target] = num_tokens
+        self._storage.copy([(source, target, num_tokens) for target in targets])
+        self.lengths[list(targets)] = num_tokens
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Move sequences to other slots, pair by pair; the sources are left empty."""
-        longest = max((self.lengths[source] for source in sources), default=0)
-        self._cache.copy(sources, targets, num_tokens=longest)
-        for source, target in zip(sources, targets, strict=True):
-            self.lengths[target] = self.lengths[source]
-            self.lengths[source] = 0
+        if not len(sources):
+            return
+        from_slots, to_slots = list(sources), list(targets)
+        lengths = self.lengths[from_slots]
+        self._storage.copy(zip(from_slots, to_slots, lengths.tolist(), strict=True))
+        self.lengths[from_slots] = 0
+        self.lengths[to_slots] = lengths
 
     def truncate(self, slot: int, num_tokens: int) -> None:
         """Forget what a slot read beyond its first `num_tokens` tokens."""
         self.lengths[slot] = min(self.lengths[slot], num_tokens)
 
-    def _extend_pass(
-        self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], *, keep: int
-    ) -> Tensor:
-        width = max(len(tokens) for tokens in token_ids)
-        padding = [width - len(tokens) for tokens in token_ids]
-        starts = [self.lengths[slot] for slot in slots]
-        padded = [[0] * pad + list(row) for pad, row in zip(padding, token_ids, strict=True)]
-        columns = torch.arange(width)
-        offsets = columns.unsqueeze(0) - torch.tensor(padding).unsqueeze(1)
-        positions = torch.tensor(starts).unsqueeze(1) + offsets.clamp(min=0)
-        ends = [start + len(row) for start, row in zip(starts, token_ids, strict=True)]
-        kept = (offsets >= 0).nonzero(as_tuple=True) if any(padding) else None
-        span = Span(
-            slots=torch.tensor(slots, device=self.device),
-            is_leading=list(slots) == list(range(len(slots))),
-            positions=positions.to(self.device),
-            kept=None if kept is None else (kept[0].to(self.device), kept[1].to(self.device)),
-            length=rounded_length(max(ends), max_tokens=self.max_tokens),
-        )
-        self._cache.open_span(span, num_slots=max(slots) + 1)
-        logits = self._forward(torch.tensor(padded, device=self.device), span, keep=keep)
-        for slot, end in zip(slots, ends, strict=True):
-            self.lengths[slot] = end
-        self.num_tokens_read += sum(len(tokens) for tokens in token_ids)
-        return logits
-
-    def _forward(self, token_ids: Tensor, span: Span, *, keep: int) -> Tensor:
-        columns = torch.arange(span.length, device=self.device)
-        hidden = columns > span.positions.unsqueeze(-1)
-        # Additive and finite: right for eager and sdpa, and a row of padding makes no NaN.
-        mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=self.device)
-        mask.masked_fill_(hidden, torch.finfo(self._mask_dtype).min)
-        output = self.model(
-            input_ids=token_ids,
-            attention_mask=mask.unsqueeze(1),
-            position_ids=span.positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        self.num_passes += 1
-        logits: Tensor = output.logits.float()
-        return logits
+    def _check_room(self, lengths: NDArray[np.int64]) -> None:
+        """The tokens at these positions must fit."""
+        longest = int(lengths.max(initial=-1))
+        if longest >= self.max_tokens:
+            raise EngineError(
+                f"key-value slots: expected at most {self.max_tokens} tokens a sequence, asked for "
+                f"{longest + 1}; use a larger max_model_len or shorter requests"
+            )
 
 
 def check_supported(model: Any, *, max_tokens: int) -> None:
@@ -203,21 +251,3 @@ def _layer_kinds(config: Any) -> set[str]:
     )
     recurrent = any(hasattr(config, key) for key in ("ssm_cfg", "state_size", "mamba_d_state"))
     return {"linear_attention"} if recurrent else {"sliding_attention" if windowed else _FULL}
-
-
-def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Cut rows, longest first, into passes with little padding and a bounded size."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    passes: list[list[int]] = []
-    padding = 0
-    for row in order:
-        if passes:
-            width = lengths[passes[-1][0]]
-            padding += width - lengths[row]
-            size = width * (len(passes[-1]) + 1)
-            if padding <= _MAX_PADDING and size <= _MAX_PASS_TOKENS:
-                passes[-1].append(row)
-                continue
-        passes.append([row])
-        padding = 0
-    return passes

@@ -1,9 +1,10 @@
 """`TorchEngine`: continuous batching and exact mixed sampling for any Hugging Face causal LM.
 
-One decode step drafts a token for every running rollout (one policy pass), settles the rollouts
-whose coin asked for the expert, and commits tokens, records and stops. The prompt's keys and
-values are computed once for all rollouts of a prompt that share weights; the last prompt token is
-read by the first decode step, so that the first generated token is drawn like every other.
+One step reads a share of the waiting prompts, asks the expert about open positions if that pays
+now, drafts a token for every row that may go on (one policy pass), and hands out what is settled.
+The prompt's keys and values are computed once for all rollouts of a prompt that share weights; the
+last prompt token is read by the first decode step, so that the first generated token is drawn
+like every other.
 
 The engine takes a model that it is given over: it sets eval mode and `load_weights` writes into
 the model's own parameters. It refuses models without full attention (see `slot_model`).
@@ -11,7 +12,6 @@ the model's own parameters. It refuses models without full attention (see `slot_
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import threading
 import time
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from mentor_serve.engines.advisors import Advisor, ColocatedAdvisor, Decoding, RemoteAdvisor
 from mentor_serve.engines.assembly import (
     ModelSource,
     check_vocabulary,
@@ -32,16 +32,19 @@ from mentor_serve.engines.assembly import (
     tokenizer_of,
 )
 from mentor_serve.engines.base import EngineStats, ExpertClient, StepOutput
-from mentor_serve.engines.batch import RECORDED, Batch, Row, Stream
+from mentor_serve.engines.batch import RECORDED, STOP_REASONS, Batch, Ending, Row
+from mentor_serve.engines.drafting import Drafter
 from mentor_serve.engines.expert import ExpertModel
-from mentor_serve.engines.mixing import Draft, Settled, settle
-from mentor_serve.engines.sampler import distribution, draw, truncated
-from mentor_serve.engines.scheduler import EngineLimits, Job, Scheduler, check_request
+from mentor_serve.engines.expert_link import ExpertLink
+from mentor_serve.engines.prefill import Prefill
+from mentor_serve.engines.run_ahead import RunAhead, RunAheadLimit
+from mentor_serve.engines.scheduler import EngineLimits, Job, Room, Scheduler, check_request
 from mentor_serve.engines.slot_model import SlotModel
-from mentor_serve.engines.stopping import ends_at_stop, response_text
+from mentor_serve.engines.stopping import response_text
+from mentor_serve.engines.tails import Tails
 from mentor_serve.engines.weight_swap import check_weights, copy_weights
-from mentor_serve.errors import ConfigError, EngineError, ExpertUnavailable, VocabularyMismatch
-from mentor_serve.types import Rollout, RolloutRequest, StopReason
+from mentor_serve.errors import ConfigError, EngineError, VocabularyMismatch
+from mentor_serve.types import Rollout, RolloutRequest, StopReason, TokenSource
 
 
 class TorchEngine:
@@ -54,16 +57,22 @@ class TorchEngine:
             Without one, `Rollout.text` is None and stop strings are refused.
         device: where models given by name are put; a model object stays where it is.
         dtype: of models given by name.
-        max_batch_size: rollouts that decode at the same time.
+        max_batch_size: rollouts that decode at the same time; requests of a priority above 0 find
+            an eighth as many further slots (at least one), so that they need not wait for these.
         max_model_len: prompt plus response; None takes the model's own, at most 4096.
         eos_token_ids: tokens that end a rollout; None takes what model and tokenizer name.
+        kv_cache_gib: memory for keys and values, of policy and colocated expert together; rows wait
+            for room in it.
+        run_ahead: how far the policy drafts past tokens that wait for the expert: "auto" weighs
+            measured costs, k runs on to k open positions a row (0 settles each at once). Changes
+            speed only, never what is sampled.
 
     Raises:
         ConfigError: a model cannot be loaded, or the vocabularies differ.
         EngineError: a model whose attention does not fit key-value slots.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # every one but the first is optional, most by keyword only
         self,
         policy: ModelSource,
         expert: ModelSource | ExpertClient | None = None,
@@ -74,30 +83,61 @@ class TorchEngine:
         max_batch_size: int = 64,
         max_model_len: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        kv_cache_gib: float = 4.0,
+        run_ahead: RunAheadLimit = "auto",
     ) -> None:
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         model = model_of(policy, device=device, dtype=dtype)
         self._tokenizer = tokenizer_of(policy, tokenizer)
         self._max_model_len = context_length(model, max_model_len)
-        self._max_batch_size = max_batch_size
-        self._policy = SlotModel(model, max_slots=max_batch_size, max_tokens=self._max_model_len)
-        self._device = self._policy.device
-        self._expert: ExpertModel | ExpertClient | None = expert
-        if expert is not None and not hasattr(expert, "advise"):
+        num_slots = max_batch_size + max(1, max_batch_size // 8)
+        self._stats = EngineStats()
+        self._policy = SlotModel(model, max_slots=num_slots, max_tokens=self._max_model_len)
+        self._batch = Batch(num_slots)
+        self._tails = Tails(num_slots)
+        self._decoding = Decoding(
+            policy=self._policy,
+            batch=self._batch,
+            tails=self._tails,
+            run_ahead=RunAhead(run_ahead, is_remote=hasattr(expert, "advise")),
+            stats=self._stats,
+        )
+        expert_slots: SlotModel | None = None
+        self._advisor: Advisor | None = None
+        if expert is not None and hasattr(expert, "advise"):
+            self._advisor = RemoteAdvisor(
+                self._decoding, ExpertLink(expert, vocab_size=self._policy.vocab_size)
+            )
+        elif expert is not None:
             check_vocabulary(policy, expert)
-            self._expert = self._beside(model_of(expert, device=device, dtype=dtype))
-        self._is_eos = eos_table(
+            beside = self._beside(model_of(expert, device=device, dtype=dtype), num_slots)
+            self._advisor = ColocatedAdvisor(self._decoding, beside)
+            expert_slots = beside.slots
+        is_eos = eos_table(
             model, self._tokenizer, eos_token_ids, vocab_size=self._policy.vocab_size
         )
+        self._drafter = Drafter(
+            self._decoding,
+            is_eos=is_eos,
+            tokenizer=self._tokenizer,
+            has_expert=self._advisor is not None,
+        )
+        self._prefill = Prefill(self._policy, self._batch, self._stats)
+        self._caches = [self._policy] if expert_slots is None else [self._policy, expert_slots]
+        self._room = _room(
+            self._caches,
+            num_slots=max_batch_size,
+            num_priority_slots=num_slots - max_batch_size,
+            max_model_len=self._max_model_len,
+            kv_cache_gib=kv_cache_gib,
+        )
         self._scheduler = Scheduler()
-        self._batch = Batch(max_batch_size)
         self._jobs: dict[int, Job] = {}
         self._cancelled: list[int] = []
         self._next_request_id = 0
         # Unique among engines, because several may share one remote expert.
         self._next_sequence_id = secrets.randbits(30) << 32
-        self._stats = EngineStats()
         self._version = 0
         self._step_lock = threading.Lock()
         self._weights_lock = threading.Lock()
@@ -122,7 +162,7 @@ class TorchEngine:
     @property
     def has_expert(self) -> bool:
         """Mixed requests can be served."""
-        return self._expert is not None
+        return self._advisor is not None
 
     @property
     def tokenizer(self) -> Any:
@@ -211,16 +251,21 @@ class TorchEngine:
             self._pending_weights = (copies, version)
 
     def step(self) -> list[StepOutput]:
-        """Admit what fits, then advance every running rollout by one token."""
+        """Admit what fits, then do one round of work (`Engine.step`)."""
         with self._step_lock, torch.inference_mode():
             self._apply_pending_weights()
             outputs = self._end_cancelled()
             self._admit()
-            if self._batch.num_rows:
-                draft = self._draft()
-                settled = settle(draft, self._batch, self._expert)
-                outputs += self._commit(draft, settled)
-            return outputs
+            self._prefill.advance()
+            if self._advisor is not None:
+                self._drafter.note_endings(self._advisor.consult())
+            self._drafter.draft(version=self._version)
+            return outputs + self._hand_out()
+
+    def close(self) -> None:
+        """End the thread that talks to a remote expert; the engine cannot be used any more."""
+        if self._advisor is not None:
+            self._advisor.close()
 
     def _apply_pending_weights(self) -> None:
         with self._weights_lock:
@@ -231,6 +276,7 @@ class TorchEngine:
     def _swap(self, state_dict: Mapping[str, Tensor], version: int) -> None:
         copy_weights(self._policy.model, state_dict)
         self._version = version
+        self._prefill.restart(version)
         self._stats.weight_swaps += 1
 
     def _end_cancelled(self) -> list[StepOutput]:
@@ -241,38 +287,26 @@ class TorchEngine:
             rows = enumerate(self._batch.rows)
             slots = [slot for slot, row in rows if row.job.request_id == request_id]
             outputs += self._end(dict.fromkeys(slots, StopReason.CANCELLED))
+            self._prefill.forget(request_id)
         self._cancelled.clear()
         return outputs
 
     def _admit(self) -> None:
-        admitted = self._scheduler.admit(self._max_batch_size - self._batch.num_rows)
-        if not admitted:
-            return
-        readers: dict[tuple[int, ...], int] = {
-            row.job.prompt: slot
-            for slot, row in enumerate(self._batch.rows)
-            if row.prefill_version == self._version
-        }
-        to_read: list[int] = []
-        to_copy: dict[int, list[int]] = {}
+        batch = self._batch
+        admitted = self._scheduler.admit(
+            self._room, num_rows=batch.num_rows, longest=self._longest()
+        )
         for job, sample in admitted:
-            slot = self._batch.add(self._row(job, sample))
-            needs_scores = job.request.prompt_logprobs and job.prompt_logprobs is None
-            if needs_scores:
-                self._score_prompt(slot, job)
-            elif job.prompt in readers:
-                to_copy.setdefault(readers[job.prompt], []).append(slot)
-            elif len(job.prompt) > 1:
-                to_read.append(slot)
-            readers.setdefault(job.prompt, slot)
-        if to_read:
-            prompts = [self._batch.rows[slot].job.prompt[:-1] for slot in to_read]
-            self._policy.extend(to_read, prompts)
-            self._stats.prefill_tokens += sum(len(prompt) for prompt in prompts)
-        for source, slots in to_copy.items():
-            count = len(self._batch.rows[source].job.prompt) - 1
-            self._policy.copy(source, slots, num_tokens=count)
-            self._stats.shared_prefill_tokens += count * len(slots)
+            slot = batch.add(self._row(job, sample))
+            self._tails.forget([slot])
+        if admitted:
+            for cache in self._caches:
+                cache.reserve(batch.num_rows, self._longest())
+
+    def _longest(self) -> int:
+        """Tokens of the row that may become the longest."""
+        n = self._batch.num_rows
+        return int((self._batch.prompt_len[:n] + self._batch.limit[:n]).max(initial=0))
 
     def _row(self, job: Job, sample: int) -> Row:
         self._next_sequence_id += 1
@@ -283,118 +317,41 @@ class TorchEngine:
             prefill_version=self._version,
         )
 
-    def _score_prompt(self, slot: int, job: Job) -> None:
-        """Prefill one prompt and record the log-probability of each of its tokens."""
-        logprobs = np.full(len(job.prompt), np.nan, np.float32)
-        temperature = torch.tensor([self._batch.temperature[slot]], device=self._device)
-        num_top = job.request.sampling.top_logprobs
-        tops: list[list[tuple[int, float]]] = [[]]
-        at = 1
-        for logits in self._policy.score(slot, job.prompt[:-1]):
-            count = len(logits)
-            read = torch.tensor(job.prompt[at : at + count], device=logits.device).unsqueeze(-1)
-            policy = distribution(logits, temperature.expand(count))
-            logprobs[at : at + count] = policy.logprobs.gather(-1, read).squeeze(-1).cpu().numpy()
-            best = policy.logprobs.topk(num_top)
-            rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            tops += [list(zip(ids, values, strict=True)) for ids, values in rows]
-            at += count
-        job.prompt_logprobs = logprobs
-        job.prompt_top_logprobs = tops if num_top else None
-        self._stats.prefill_tokens += len(job.prompt) - 1
-
-    def _draft(self) -> Draft:
+    def _hand_out(self) -> list[StepOutput]:
+        """What was settled since the last step; finished rows free their slots."""
         batch, n = self._batch, self._batch.num_rows
-        positions = batch.prompt_len[:n] - 1 + batch.num_new[:n]
-        logits = self._policy.decode(
-            self._on_device(batch.last_token[:n]), self._on_device(positions)
-        )
-        policy = distribution(logits, self._on_device(batch.temperature[:n]))
-        drawn = self._on_device(batch.uniforms())
-        masses = policy.probs
-        cut = np.flatnonzero((batch.top_p[:n] < 1) | (batch.top_k[:n] > 0))
-        if len(cut):
-            rows = self._on_device(cut)
-            top_p, top_k = self._on_device(batch.top_p[cut]), self._on_device(batch.top_k[cut])
-            masses = masses.clone()
-            masses[rows] = truncated(masses[rows], top_p=top_p, top_k=top_k)
-        token_ids = draw(masses, drawn[:, Stream.TOKEN])
-        greedy = np.flatnonzero(batch.is_greedy[:n])
-        if len(greedy):
-            rows = self._on_device(greedy)
-            token_ids[rows] = logits[rows].argmax(dim=-1)
-        self._stats.policy_steps += 1
-        return Draft(
-            token_ids=token_ids, policy=policy, entropies=policy.entropies(), uniforms=drawn
-        )
-
-    def _commit(self, draft: Draft, settled: Settled) -> list[StepOutput]:
-        batch, n = self._batch, self._batch.num_rows
-        emitted = settled.token_ids.unsqueeze(-1)
-        values: dict[str, NDArray[Any]] = {
-            "token_ids": settled.token_ids.cpu().numpy(),
-            "policy_logprobs": draft.policy.logprobs.gather(-1, emitted)[:, 0].cpu().numpy(),
-            "mixed_logprobs": settled.mixed_logprobs.cpu().numpy(),
-            "expert_logprobs": settled.expert_logprobs.cpu().numpy(),
-            "entropies": draft.entropies.cpu().numpy(),
-            "weights": settled.weights.cpu().numpy(),
-            "sources": settled.sources.cpu().numpy(),
-            "policy_versions": np.full(n, self._version, np.int32),
-        }
-        self._note_rows(draft, settled)
-        batch.record(values)
-        self._stats.policy_tokens += n
-        self._stats.gated_tokens += int(np.count_nonzero(values["sources"]))
-        self._stats.interventions += len(settled.interventions)
-        self._stats.expert_calls += settled.num_expert_calls
-        self._stats.expert_tokens += settled.num_expert_tokens
-        tokens: list[int] = values["token_ids"].tolist()
-        counts: list[int] = batch.num_new[:n].tolist()
+        slots = np.flatnonzero(batch.num_settled[:n] > batch.num_emitted[:n])
+        if not len(slots):
+            return []
+        starts, stops = batch.num_emitted[slots], batch.num_settled[slots]
+        tokens, sources = batch.records["token_ids"], batch.records["sources"]
+        if (stops - starts == 1).all():  # the usual case, without a loop over slices
+            new_tokens = tokens[slots, starts][:, None].tolist()
+            new_sources = sources[slots, starts]
+        else:
+            spans = list(zip(slots.tolist(), starts.tolist(), stops.tolist(), strict=True))
+            new_tokens = [tokens[slot, start:stop].tolist() for slot, start, stop in spans]
+            new_sources = np.concatenate([sources[slot, i:j] for slot, i, j in spans])
+        batch.num_emitted[slots] = stops
+        self._decoding.run_ahead.observe_settled(len(new_sources))
+        self._stats.policy_tokens += len(new_sources)
+        self._stats.gated_tokens += int(np.count_nonzero(new_sources))
+        self._stats.interventions += int(np.count_nonzero(new_sources == TokenSource.EXPERT))
         outputs = [
             StepOutput(
-                request_id=row.job.request_id,
-                sample_index=row.sample_index,
+                request_id=batch.rows[slot].job.request_id,
+                sample_index=batch.rows[slot].sample_index,
                 num_tokens=count,
-                new_token_ids=[token],
+                new_token_ids=new,
             )
-            for row, token, count in zip(batch.rows, tokens, counts, strict=True)
+            for slot, count, new in zip(slots.tolist(), stops.tolist(), new_tokens, strict=True)
         ]
-        ends = self._ends()
-        for slot, ended in zip(ends, self._end(ends), strict=True):
-            outputs[slot].finished = ended.finished
+        is_done = (batch.ending[slots] != Ending.NONE) & (self._tails.count[slots] == 0)
+        done = np.flatnonzero(is_done).tolist()
+        reasons = {int(slots[i]): STOP_REASONS[Ending(batch.ending[slots[i]])] for i in done}
+        for index, ended in zip(done, self._end(reasons), strict=True):
+            outputs[index].finished = ended.finished
         return outputs
-
-    def _note_rows(self, draft: Draft, settled: Settled) -> None:
-        """Keep what is not an array: interventions, lost experts, top log-probabilities."""
-        batch, n = self._batch, self._batch.num_rows
-        for slot, intervention in settled.interventions.items():
-            batch.rows[slot].interventions.append(intervention)
-        for slot in settled.lost_rows:
-            batch.rows[slot].expert_lost = True
-            batch.is_mixed[slot] = False
-        wanted = np.flatnonzero(batch.num_top_logprobs[:n])
-        if len(wanted):
-            most = int(batch.num_top_logprobs[wanted].max())
-            top = draft.policy.logprobs[self._on_device(wanted)].topk(most, dim=-1)
-            for slot, ids, logprobs in zip(
-                wanted.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
-            ):
-                pairs = list(zip(ids, logprobs, strict=True))
-                batch.rows[slot].top_logprobs.append(pairs[: batch.num_top_logprobs[slot]])
-
-    def _ends(self) -> dict[int, StopReason]:
-        """Which slots end with the token just recorded, and why."""
-        batch, n = self._batch, self._batch.num_rows
-        at_eos = self._is_eos[batch.last_token[:n]] & batch.ends_at_eos[:n]
-        at_limit = batch.num_new[:n] >= batch.limit[:n]
-        ends = dict.fromkeys(np.flatnonzero(at_eos).tolist(), StopReason.EOS)
-        for slot in np.flatnonzero(batch.has_stops[:n] & ~at_eos).tolist():
-            sampling = batch.rows[slot].job.request.sampling
-            if ends_at_stop(batch.response(slot), sampling, self._tokenizer):
-                ends[slot] = StopReason.STOP
-        for slot in np.flatnonzero(at_limit).tolist():
-            ends.setdefault(slot, StopReason.LENGTH)
-        return ends
 
     def _end(self, ends: Mapping[int, StopReason]) -> list[StepOutput]:
         """Hand back rollouts and free their slots; one output a slot, in the order given."""
@@ -405,19 +362,15 @@ class TorchEngine:
         for slot, reason in ends.items():
             row, recorded = batch.rows[slot], batch.recorded(slot)
             outputs.append(self._output(row, recorded, reason))
-        guided = [batch.rows[slot] for slot in ends if batch.rows[slot].job.request.mixed]
         for slot in ends:
             self._policy.truncate(slot, 0)
-        if isinstance(self._expert, ExpertModel):
-            self._expert.free(list(ends))
-        elif self._expert is not None and guided:
-            # An expert that is gone has nothing left to forget.
-            with contextlib.suppress(ExpertUnavailable):
-                self._expert.release([row.sequence_id for row in guided])
+        if self._advisor is not None:
+            self._advisor.end(list(ends))
         sources, targets = batch.remove(list(ends))
         self._policy.move(sources, targets)
-        if isinstance(self._expert, ExpertModel):
-            self._expert.move(sources, targets)
+        self._tails.move(sources, targets)
+        if self._advisor is not None:
+            self._advisor.move(sources, targets)
         return outputs
 
     def _output(self, row: Row, recorded: dict[str, Any], reason: StopReason) -> StepOutput:
@@ -431,7 +384,7 @@ class TorchEngine:
             stop_reason=reason,
             text=text,
             interventions=row.interventions,
-            top_logprobs=row.top_logprobs if sampling.top_logprobs else None,
+            top_logprobs=row.top_logprobs[: len(tokens)] if sampling.top_logprobs else None,
             prompt_logprobs=job.prompt_logprobs,
             prompt_top_logprobs=job.prompt_top_logprobs,
             latency_s=time.perf_counter() - job.submitted_at,
@@ -451,8 +404,8 @@ class TorchEngine:
         nothing: dict[str, Any] = {name: np.zeros(0, dtype) for name, dtype in RECORDED.items()}
         return self._output(self._row(job, sample), nothing, StopReason.CANCELLED)
 
-    def _beside(self, model: Any) -> ExpertModel:
-        expert = ExpertModel(model, max_slots=self._max_batch_size, max_tokens=self._max_model_len)
+    def _beside(self, model: Any, num_slots: int) -> ExpertModel:
+        expert = ExpertModel(model, max_slots=num_slots, max_tokens=self._max_model_len)
         if expert.slots.vocab_size != self._policy.vocab_size:
             raise VocabularyMismatch(
                 f"expected policy and expert of one vocabulary, got {self._policy.vocab_size} and "
@@ -464,9 +417,31 @@ class TorchEngine:
         return EngineLimits(
             vocab_size=self._policy.vocab_size,
             max_model_len=self._max_model_len,
-            has_expert=self._expert is not None,
+            has_expert=self.has_expert,
             has_tokenizer=self._tokenizer is not None,
         )
 
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+
+def _room(
+    caches: Sequence[SlotModel],
+    *,
+    num_slots: int,
+    num_priority_slots: int,
+    max_model_len: int,
+    kv_cache_gib: float,
+) -> Room:
+    """Slots and tokens that fit into the memory given.
+
+    Raises:
+        ConfigError: not even one rollout of the longest kind fits.
+    """
+    bytes_per_token = sum(cache.bytes_per_token for cache in caches)
+    num_tokens = int(kv_cache_gib * 2**30 / bytes_per_token)
+    if num_tokens < max_model_len:
+        needed = max_model_len * bytes_per_token / 2**30
+        raise ConfigError(
+            f"kv_cache_gib: expected at least {needed:.2f}, the keys and values of one rollout of "
+            f"max_model_len = {max_model_len} tokens, got {kv_cache_gib:g}; raise it or lower "
+            "max_model_len"
+        )
+    return Room(num_slots=num_slots, num_priority_slots=num_priority_slots, num_tokens=num_tokens)

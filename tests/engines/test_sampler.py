@@ -86,7 +86,7 @@ def test_truncation_agrees_with_a_loop(masses, top_p, top_k):
 def test_a_distribution_is_at_each_rows_temperature():
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
     temperatures = torch.tensor([1.0, 0.5, 2.0])
-    scaled = distribution(logits, temperatures)
+    scaled = distribution(logits.clone(), temperatures)
     expected = (logits / temperatures[:, None]).softmax(-1)
     assert torch.allclose(scaled.probs, expected)
     assert torch.allclose(scaled.entropies(), token_entropy(expected.log()))
