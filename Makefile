@@ -43,7 +43,9 @@ format: setup-dev ## Rewrite the code in the house format
 	$(BIN)/ruff format .
 
 bench: setup-dev ## Run the benchmarks (JSON on standard output)
-	$(BIN)/python -m benchmarks.rollouts --json
+	$(BIN)/python -m benchmarks.mixed_rollouts --json
+	$(BIN)/python -m benchmarks.policy_rollouts --json
+	$(BIN)/python -m benchmarks.long_responses --json
 
 dashboard: setup ## The dashboard alone, beside a running or stopped service
 	$(BIN)/streamlit run dashboards/app.py --server.port 8501 --server.address 127.0.0.1

@@ -23,7 +23,7 @@ from mentor_serve.engines.expert import ExpertModel
 from mentor_serve.engines.expert_link import ExpertLink
 from mentor_serve.engines.mixing import Verdicts
 from mentor_serve.engines.run_ahead import RunAhead
-from mentor_serve.engines.slot_model import SlotModel
+from mentor_serve.engines.slots.slot_model import SlotModel
 from mentor_serve.engines.tails import Tails
 from mentor_serve.errors import ExpertUnavailable
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mentor_serve.engines.slot_model import default_max_tokens
+from mentor_serve.engines.slots.slot_model import default_max_tokens
 from mentor_serve.errors import ConfigError
 from mentor_serve.models.loading import end_token_ids, load_config, load_model, load_tokenizer
 from mentor_serve.models.vocabulary import check_same_vocabulary

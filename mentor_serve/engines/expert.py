@@ -24,7 +24,7 @@ from mentor_serve.engines.advice import (
     check_queries,
 )
 from mentor_serve.engines.expert_answers import Layout, fill_in
-from mentor_serve.engines.slot_model import SlotModel, default_max_tokens
+from mentor_serve.engines.slots.slot_model import SlotModel, default_max_tokens
 from mentor_serve.types import IntArray
 
 _MIN_SHARED_TOKENS = 8

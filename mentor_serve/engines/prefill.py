@@ -15,7 +15,7 @@ from mentor_serve.engines.base import EngineStats
 from mentor_serve.engines.batch import Batch
 from mentor_serve.engines.sampler import distribution
 from mentor_serve.engines.scheduler import Job
-from mentor_serve.engines.slot_model import SlotModel
+from mentor_serve.engines.slots.slot_model import SlotModel
 from mentor_serve.types import FloatArray
 
 CHUNK_TOKENS = 512

@@ -37,7 +37,8 @@ class Distribution:
     def entropies(self) -> Tensor:
         """[n], nats, full vocabulary."""
         products = torch.linalg.vecdot(self.masses, self._shifted)
-        return (self._totals.log() - products / self._totals).clamp_(min=0.0)
+        entropies: Tensor = self._totals.log() - products / self._totals
+        return entropies.clamp_(min=0.0)
 
     def logprobs_of(self, token_ids: Tensor) -> Tensor:
         """Log-probabilities of tokens [n] or [n, k], in that shape."""
@@ -82,14 +83,14 @@ def draw(masses: Tensor, uniforms: Tensor) -> Tensor:
         return draw(masses, uniforms.unsqueeze(-1)).squeeze(-1)
     num_rows, num_tokens = masses.shape
     if num_tokens <= _FLAT_VOCABULARY:
-        return _invert(masses, uniforms)[0]
+        return _search(masses, uniforms)[0]
     if num_tokens % _BLOCK:
         masses = torch.nn.functional.pad(masses, (0, -num_tokens % _BLOCK))
     blocks = masses.view(num_rows, -1, _BLOCK)
     block, fraction = _invert(blocks.sum(dim=-1), uniforms)
     rows = torch.arange(num_rows, device=masses.device).unsqueeze(-1)
     inside = blocks[rows, block].flatten(0, 1)
-    within = _invert(inside, fraction.flatten().unsqueeze(-1))[0].view_as(block)
+    within = _search(inside, fraction.flatten().unsqueeze(-1))[0].view_as(block)
     return block * _BLOCK + within
 
 
@@ -111,11 +112,17 @@ def truncated(probs: Tensor, *, top_p: Tensor, top_k: Tensor) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, order, ordered)
 
 
+def _search(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Index by inverse CDF [n, k], the CDF [n, V], and the mass that was looked for [n, k]."""
+    cdf = masses.cumsum(dim=-1, dtype=torch.float64)
+    target = uniforms * cdf[:, -1:]
+    index = torch.searchsorted(cdf, target, right=True).clamp_(max=masses.shape[-1] - 1)
+    return index, cdf, target
+
+
 def _invert(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Index by inverse CDF [n, k], and where inside that index's share of mass u fell [n, k]."""
-    cdf = masses.cumsum(dim=-1, dtype=torch.float64)
-    target = uniforms.to(torch.float64) * cdf[:, -1:]
-    index = torch.searchsorted(cdf, target, right=True).clamp(max=masses.shape[-1] - 1)
+    index, cdf, target = _search(masses, uniforms)
     above = cdf.gather(-1, index)
     below = torch.where(index > 0, cdf.gather(-1, (index - 1).clamp(min=0)), 0.0)
     share = above - below

@@ -39,7 +39,7 @@ from mentor_serve.engines.expert_link import ExpertLink
 from mentor_serve.engines.prefill import Prefill
 from mentor_serve.engines.run_ahead import RunAhead, RunAheadLimit
 from mentor_serve.engines.scheduler import EngineLimits, Job, Room, Scheduler, check_request
-from mentor_serve.engines.slot_model import SlotModel
+from mentor_serve.engines.slots.slot_model import SlotModel
 from mentor_serve.engines.stopping import response_text
 from mentor_serve.engines.tails import Tails
 from mentor_serve.engines.weight_swap import check_weights, copy_weights
@@ -258,7 +258,9 @@ class TorchEngine:
             self._admit()
             self._prefill.advance()
             if self._advisor is not None:
-                self._drafter.note_endings(self._advisor.consult())
+                changed = self._advisor.consult()
+                if len(changed):
+                    self._drafter.note_endings(changed)
             self._drafter.draft(version=self._version)
             return outputs + self._hand_out()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mentor_serve.engines import RolloutRequest, SamplingParams, TorchEngine
+from mentor_serve.engines.slots.slot_model import SlotModel
 from mentor_serve.errors import WeightsError
 
 
@@ -61,16 +62,19 @@ def test_tied_weights_may_come_once_or_twice_but_must_agree(tiny_llama):
     assert engine.policy_version == 4
 
 
-def test_weights_loaded_during_a_step_take_effect_in_the_next(tiny_llama):
+def test_weights_loaded_during_a_step_take_effect_in_the_next(tiny_llama, monkeypatch):
     policy, new = tiny_llama(1), tiny_llama(2)
     engine = TorchEngine(policy)
     inside, leave = threading.Event(), threading.Event()
 
-    def pause(*_):
+    decode = SlotModel.decode
+
+    def pause(self, *args, **kwargs):
         inside.set()
         assert leave.wait(timeout=30)
+        return decode(self, *args, **kwargs)
 
-    hook = policy.register_forward_pre_hook(pause)
+    monkeypatch.setattr(SlotModel, "decode", pause)
     engine.submit(
         RolloutRequest(
             prompt_token_ids=[3], sampling=SamplingParams(max_new_tokens=2, ignore_eos=True)
@@ -87,7 +91,7 @@ def test_weights_loaded_during_a_step_take_effect_in_the_next(tiny_llama):
     assert not torch.equal(policy.state_dict()[NORM], state[NORM])
     leave.set()
     stepping.join()
-    hook.remove()
+    monkeypatch.undo()
     (rollout,) = [output.finished for output in engine.step() if output.finished]
     assert rollout.policy_versions.tolist() == [0, 3]
     for name, value in policy.state_dict().items():

@@ -14,10 +14,10 @@ import structlog
 import torch
 from torch import Tensor
 
-from mentor_serve.engines.fused import FusedForward
-from mentor_serve.engines.kv_cache import SlotStorage
-from mentor_serve.engines.padded import PaddedForward
-from mentor_serve.engines.read_plan import Ragged
+from mentor_serve.engines.slots.fused import FusedForward
+from mentor_serve.engines.slots.kv_cache import SlotStorage
+from mentor_serve.engines.slots.padded import PaddedForward
+from mentor_serve.engines.slots.read_plan import Ragged
 
 log = structlog.get_logger(__name__)
 

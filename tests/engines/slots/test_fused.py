@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
-from mentor_serve.engines.fused import FusedForward
-from mentor_serve.engines.fused_weights import fuse
-from mentor_serve.engines.probe import fused_deviation
-from mentor_serve.engines.slot_model import SlotModel
+from mentor_serve.engines.slots.fused import FusedForward
+from mentor_serve.engines.slots.fused_weights import fuse
+from mentor_serve.engines.slots.probe import fused_deviation
+from mentor_serve.engines.slots.slot_model import SlotModel
 from mentor_serve.engines.weight_swap import copy_weights
 from mentor_serve.errors import EngineError
 

@@ -12,8 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mentor_serve.engines.kv_cache import SlotCache, SlotStorage, Span, is_leading, rounded_length
-from mentor_serve.engines.read_plan import Ragged, offsets_in
+from mentor_serve.engines.slots.kv_cache import (
+    SlotCache,
+    SlotStorage,
+    Span,
+    is_leading,
+    rounded_length,
+)
+from mentor_serve.engines.slots.read_plan import Ragged, offsets_in
 
 
 class PaddedForward:

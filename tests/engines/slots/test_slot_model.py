@@ -11,10 +11,10 @@ import torch
 import transformers
 from transformers import Cache
 
-from mentor_serve.engines import read_plan
-from mentor_serve.engines.kv_cache import SlotStorage
-from mentor_serve.engines.read_plan import Ragged, passes
-from mentor_serve.engines.slot_model import SlotModel
+from mentor_serve.engines.slots import read_plan
+from mentor_serve.engines.slots.kv_cache import SlotStorage
+from mentor_serve.engines.slots.read_plan import Ragged, passes
+from mentor_serve.engines.slots.slot_model import SlotModel
 from mentor_serve.errors import EngineError
 
 VOCAB = 29
@@ -357,7 +357,7 @@ def test_storage_grows_one_tensor_at_a_time(monkeypatch):
 
 
 def test_cache_refuses_a_pass_without_a_span(model):
-    from mentor_serve.engines.kv_cache import SlotCache
+    from mentor_serve.engines.slots.kv_cache import SlotCache
 
     cache = SlotCache(SlotStorage(max_slots=1, max_tokens=8))
     assert isinstance(cache, Cache)

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mentor_serve.engines.kv_cache import rounded_length
-from mentor_serve.engines.read_plan import LongArray, Ragged, offsets_in
+from mentor_serve.engines.slots.kv_cache import rounded_length
+from mentor_serve.engines.slots.read_plan import LongArray, Ragged, offsets_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

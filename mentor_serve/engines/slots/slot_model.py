@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mentor_serve.engines.fused import FusedForward
-from mentor_serve.engines.probe import build_forward
-from mentor_serve.engines.read_plan import Ragged, passes
+from mentor_serve.engines.slots.fused import FusedForward
+from mentor_serve.engines.slots.probe import build_forward
+from mentor_serve.engines.slots.read_plan import Ragged, passes
 from mentor_serve.errors import EngineError
 
 TokenRow = Sequence[int] | NDArray[np.integer[Any]]
