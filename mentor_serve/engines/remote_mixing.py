@@ -9,9 +9,12 @@ rows asked about, m positions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mentor_serve.core.random import derived_seeds, uniforms
 from mentor_serve.engines.advice import ExpertAnswers, ExpertQueries
@@ -78,17 +81,15 @@ def judge(
     is_rejected |= tails.is_rejected[flat_slots] & (index == 0)
     judged = until_first(flat_slots, is_rejected)
     verdicts = Verdicts.keeping(flat_slots[judged], index[judged], proposed[judged])
-    is_rejected = is_rejected[judged]
-    lacking = np.zeros(len(is_rejected), np.bool_)
-    samples = _Samples(asked, answers)
-    flat = np.flatnonzero(usable)[judged]
-    for at in np.flatnonzero(is_rejected).tolist():
-        slot = int(verdicts.slots[at])
-        if not _thin(batch, tails, verdicts, at, samples.of(int(flat[at]))):
-            lacking[at] = True
-            tails.num_drawn[slot] += samples.count(int(flat[at]))
+    rejected = np.flatnonzero(is_rejected[judged])
+    asked_at = np.flatnonzero(usable)[judged][rejected]
+    found = _thin(batch, tails, verdicts, rejected, _Samples.of(asked, answers, asked_at))
+    lacking = rejected[~found]
     dry = verdicts.slots[lacking]
-    return _without(verdicts, ~lacking), dry
+    tails.num_drawn[dry] += asked.samples_at_position[asked_at[~found]]
+    kept = np.ones(len(verdicts.slots), np.bool_)
+    kept[lacking] = False
+    return _only(verdicts, kept), dry
 
 
 def await_replacement(batch: Batch, tails: Tails, slots: SlotIndex) -> None:
@@ -103,51 +104,62 @@ def await_replacement(batch: Batch, tails: Tails, slots: SlotIndex) -> None:
     batch.cut(slots, tails.positions[slots, 0])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Samples:
-    """The samples of each position of a message."""
+    """Samples of pi* at r positions, [r, S]; positions with fewer than S are padded."""
 
-    def __init__(self, asked: ExpertQueries, answers: ExpertAnswers) -> None:
-        self._counts = asked.samples_at_position
-        self._starts = np.cumsum(self._counts) - self._counts
-        self._answers = answers
+    token_ids: Tensor
+    logprobs: Tensor
+    """float64"""
+    is_real: Tensor
 
-    def count(self, position: int) -> int:
-        """Samples of the position-th question of the message."""
-        return int(self._counts[position])
-
-    def of(self, position: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Token ids and log-probabilities under pi*."""
-        part = slice(
-            int(self._starts[position]), int(self._starts[position] + self._counts[position])
+    @classmethod
+    def of(cls, asked: ExpertQueries, answers: ExpertAnswers, at: NDArray[np.int64]) -> _Samples:
+        """The samples of some questions of a message [r], counted over all its positions."""
+        counts = asked.samples_at_position
+        starts = np.cumsum(counts) - counts
+        offsets = np.arange(int(counts[at].max(initial=0)))
+        is_real = offsets < counts[at][:, None]
+        places = np.where(is_real, starts[at][:, None] + offsets, 0)
+        return cls(
+            token_ids=torch.from_numpy(answers.sample_token_ids[places]).long(),
+            logprobs=torch.from_numpy(answers.sample_logprobs[places]).double(),
+            is_real=torch.from_numpy(is_real),
         )
-        return self._answers.sample_token_ids[part], self._answers.sample_logprobs[part]
 
 
 def _thin(
     batch: Batch,
     tails: Tails,
     verdicts: Verdicts,
-    at: int,
-    samples: tuple[NDArray[np.int32], NDArray[np.float32]],
-) -> bool:
-    """Fill in the replacement at one verdict from samples, if one of them passes."""
-    slot, index = verdicts.slots[at : at + 1], verdicts.index[at : at + 1]
-    token_ids, logprobs = torch.from_numpy(samples[0]).long(), torch.from_numpy(samples[1]).double()
-    policy = tails.logprobs(slot, index)[0].cpu()[token_ids].double()
-    position = torch.from_numpy(tails.positions[slot, index])
-    streams = int(Stream.THINNING) + int(tails.num_drawn[slot[0]]) + torch.arange(len(token_ids))
+    rejected: NDArray[np.int64],
+    samples: _Samples,
+) -> NDArray[np.bool_]:
+    """Replace rejected drafts [r] by their first sample that passes; returns which have one [r]."""
+    if not len(rejected):
+        return np.zeros(0, np.bool_)
+    slots, index = verdicts.slots[rejected], verdicts.index[rejected]
+    policy = tails.logprobs(slots, index).cpu().gather(-1, samples.token_ids)
+    positions = torch.from_numpy(tails.positions[slots, index])
+    drawn = torch.from_numpy(tails.num_drawn[slots])
     chances = uniforms(
-        torch.from_numpy(batch.seed[slot]), torch.from_numpy(batch.sample[slot]), position, streams
+        torch.from_numpy(batch.seed[slots])[:, None],
+        torch.from_numpy(batch.sample[slots])[:, None],
+        positions[:, None],
+        int(Stream.THINNING) + drawn[:, None] + torch.arange(policy.shape[1]),
     )
-    passed = chances < 1.0 - (policy - logprobs).exp()
-    if not bool(passed.any()):
-        return False
-    first = int(passed.int().argmax())
-    verdicts.is_replaced[at] = True
-    verdicts.chosen[at] = int(token_ids[first])
-    verdicts.chosen_policy_logprobs[at] = float(policy[first])
-    verdicts.chosen_expert_logprobs[at] = float(logprobs[first])
-    return True
+    passed = samples.is_real & (chances < 1.0 - (policy.double() - samples.logprobs).exp())
+    found: NDArray[np.bool_] = passed.any(dim=-1).numpy()
+    first = passed.int().argmax(dim=-1, keepdim=True)
+    replaced = rejected[found]
+    verdicts.is_replaced[replaced] = True
+    for filled, values in (
+        (verdicts.chosen, samples.token_ids),
+        (verdicts.chosen_policy_logprobs, policy),
+        (verdicts.chosen_expert_logprobs, samples.logprobs),
+    ):
+        filled[replaced] = values.gather(-1, first)[:, 0].numpy()[found]
+    return found
 
 
 def _note_held(
@@ -159,7 +171,7 @@ def _note_held(
     tails.num_held[slots[alive]] = held[alive]
 
 
-def _without(verdicts: Verdicts, kept: NDArray[np.bool_]) -> Verdicts:
+def _only(verdicts: Verdicts, kept: NDArray[np.bool_]) -> Verdicts:
     return Verdicts(
         slots=verdicts.slots[kept],
         index=verdicts.index[kept],

@@ -132,6 +132,7 @@ class TorchEngine:
             max_model_len=self._max_model_len,
             kv_cache_gib=kv_cache_gib,
         )
+        self._reserved = (0, 0)
         self._scheduler = Scheduler()
         self._jobs: dict[int, Job] = {}
         self._cancelled: list[int] = []
@@ -302,8 +303,22 @@ class TorchEngine:
             slot = batch.add(self._row(job, sample))
             self._tails.forget([slot])
         if admitted:
-            for cache in self._caches:
-                cache.reserve(batch.num_rows, self._longest())
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Room in the caches for every row at its longest; ahead of need, so that this is rare."""
+        num_slots, num_tokens = self._reserved
+        needed_slots, needed_tokens = self._batch.num_rows, self._longest()
+        if needed_slots <= num_slots and needed_tokens <= num_tokens:
+            return
+        num_tokens = max(num_tokens, needed_tokens)
+        if needed_slots * num_tokens > self._room.num_tokens:
+            num_tokens = needed_tokens
+        most = min(len(self._policy.lengths), self._room.num_tokens // num_tokens)
+        num_slots = max(needed_slots, min(most, max(num_slots, 2 * needed_slots)))
+        self._reserved = num_slots, num_tokens
+        for cache in self._caches:
+            cache.reserve(num_slots, num_tokens)
 
     def _longest(self) -> int:
         """Tokens of the row that may become the longest."""
