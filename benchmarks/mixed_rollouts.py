@@ -56,7 +56,7 @@ from mentor_serve.engines import TorchEngine
 SAMPLERS = ("lazy", "algorithm1", "naive", "policy_only", "hf_generate", "floor")
 SAMPLES_PER_PROMPT = 4
 """Mixed rollouts of a prompt, as in the paper."""
-MIN_ROLLOUTS = 4
+MIN_ROLLOUTS = 2
 """Rollouts a round at least, in several batches if need be: one alone says little."""
 
 
@@ -91,7 +91,9 @@ def measure_pair(pair: Pair, plan: Plan) -> dict[str, Any]:
     report_progress(json.dumps(summary))
     rows = []
     for batch in plan.batches:
-        rows += measure_batch(pair, calibration, plan, batch=batch, max_tokens=max_tokens)
+        measured = measure_batch(pair, calibration, plan, batch=batch, max_tokens=max_tokens)
+        report_progress("\n".join(map(json.dumps, measured)))
+        rows += measured
     return {"pair": summary, "rows": rows}
 
 

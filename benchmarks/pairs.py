@@ -88,7 +88,7 @@ def build_pair(name: str, options: PairOptions) -> Pair:
 
 def num_parameters(model: Any) -> int:
     """Parameters of a model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(int(parameter.numel()) for parameter in model.parameters())
 
 
 def task_prompts(name: str, count: int, *, uses_chat: bool) -> tuple[tuple[int, ...], ...]:

@@ -46,6 +46,10 @@ class VerifierError(MentorError, RuntimeError):
     """A verifier raised or ran out of time; the rollout becomes a `failed` row."""
 
 
+class LearnerWorkerLost(MentorError, RuntimeError):
+    """A rank of the training backend died or did not answer; `load` starts new ranks."""
+
+
 class WeightsError(MentorError, RuntimeError):
     """A weight snapshot is missing, damaged or was not taken by a replica."""
 

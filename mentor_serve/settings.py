@@ -16,7 +16,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from mentor_serve.errors import ConfigError
+from mentor_serve.rank_settings import RankSettings
 
 ENV_PREFIX = "MENTOR_SERVE_"
 ENV_DELIMITER = "__"
@@ -57,7 +58,7 @@ class PolicySettings(_Section):
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_batch_size: PositiveInt = 96
-    """Rollouts that decode at the same time."""
+    """Rollouts that decode at the same time; HTTP requests find an eighth as many further slots."""
     max_model_len: PositiveInt = 512
     """Prompt plus response, in tokens."""
     kv_cache_gib: PositiveFloat = 4.0
@@ -113,8 +114,14 @@ class RolloutSettings(_Section):
 
 
 class GuidanceSettings(_Section):
-    """When the expert speaks (paper, section 3.1) and how its rollouts count (Eq. 11)."""
+    """When the expert speaks (paper, section 3.1) and how its rollouts count (Eq. 11).
 
+    `method` chooses between the paper's method and the baselines it compares with.
+    """
+
+    method: Literal["mentor", "on_policy", "luffy", "questa"] = "mentor"
+    """`mentor`; `on_policy`: GRPO without the expert; `luffy`: whole expert trajectories in the
+    group; `questa`: the first part of one as a hint in the prompt (docs/baselines.md)."""
     entropy_quantile: float = Field(default=0.95, gt=0, le=1)
     """p of gamma_p (paper: 0.95)."""
     initial_gamma: PositiveFloat = 999.0
@@ -126,6 +133,23 @@ class GuidanceSettings(_Section):
     """Updates over which alpha falls to 0 by a cosine (paper: 120)."""
     reward_range: PositiveFloat = 1.0
     """R_range of Eq. 11: the fixed span of the reward."""
+    num_expert: PositiveInt = 1
+    """luffy: how many of the `rollout.num_on_policy` places of a group are the expert's."""
+    hint_fraction: float = Field(default=0.5, gt=0, lt=1)
+    """questa: share of an expert trajectory's tokens that the prompt shows."""
+    hint_later_fraction: float = Field(default=0.25, gt=0, lt=1)
+    """questa: the share from update `hint_later_step` on."""
+    hint_later_step: NonNegativeInt = 0
+    """questa: 0 keeps `hint_fraction` (what MENTOR's paper compares with)."""
+    hint_header: str = Field(default="## Hint: Partial Solution", min_length=1)
+    """questa: the line before the hint."""
+    expert_attempts: PositiveInt = 4
+    """luffy, questa: failures in a row after which the expert is not asked about a task again."""
+    max_uses: NonNegativeInt = 0
+    """luffy, questa: groups of a run that one stored expert trajectory may serve before a new one
+    is generated; 0: any number."""
+    only_correct: bool = True
+    """luffy, questa: use only expert trajectories whose answer is right."""
 
 
 class TaskSettings(_Section):
@@ -159,13 +183,11 @@ class RewardSettings(_Section):
     """Verifier processes of one collector."""
 
 
-class LearnerSettings(_Section):
+class LearnerSettings(RankSettings):
     """Mixed-policy GRPO (Eq. 9 to 11)."""
 
     enabled: bool = True
     """False: collect and serve only."""
-    backend: Literal["torch"] = "torch"
-    device: str = "cpu"
     prompts_per_step: PositiveInt = 16
     """Groups of one update (paper: 128)."""
     mini_batch_prompts: PositiveInt = 16
@@ -182,16 +204,74 @@ class LearnerSettings(_Section):
     clip_high: PositiveFloat = 0.28
     max_staleness: NonNegativeInt = 4
     """Groups whose oldest token is more versions behind than this become `stale`."""
+    advantages: Literal["grpo", "leave_one_out", "dr_grpo"] = "grpo"
+    """Of on-policy rollouts: Eq. 10; reward minus the mean of the others; or centred alone."""
+    dynamic_sampling: bool = False
+    """Fill updates with groups that teach something; the others are consumed and counted."""
+    mask_truncated: bool = False
+    """Leave out rollouts that ended at the length limit."""
+    old_logprobs: Literal["recorded", "recomputed"] = "recorded"
+    """pi_theta_old of Eq. 9: as recorded at generation, or under the weights before the update."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """With `recomputed`: weight by (before the update) / (recorded), of tokens or sequences."""
+    importance_mode: Literal["clamp", "mask"] = "clamp"
+    """Above `importance_cap`: the weight becomes the cap, or 0."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    mixed_ratio: Literal["policy", "mixed"] = "policy"
+    """Ratio of mixed tokens against the old policy (paper) or the recorded mixture (exact; needs
+    `rollout.record_mixed`)."""
+    expert_shaping: PositiveFloat = 0.1
+    """LUFFY's constant for tokens of whole expert trajectories."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Type of matrix products; parameters and moments stay float32."""
+    gradient_checkpointing: bool = False
+    """Less memory for activations, about a third more time."""
+    lora_rank: NonNegativeInt = 0
+    """Train low-rank adapters of this rank instead of all weights (0); needs the extra `lora`."""
+    lora_scale: PositiveInt = 32
+    """peft's `lora_alpha`."""
+    lora_target_modules: list[str] = Field(default_factory=lambda: ["all-linear"])
     max_tokens_per_micro_batch: PositiveInt = 4096
     """Prompt and response tokens of one forward pass."""
     max_steps: NonNegativeInt = 0
     """Stop after this many updates; 0 goes on for ever."""
+    eval_every: Literal["auto"] | NonNegativeInt = "auto"
+    """Evaluate versions that are multiples of this, as `evaluation` says; 0 never does. `auto`: 50
+    for the bundled policy, 0 for others, which may need a device of their own for it."""
     checkpoint_every: PositiveInt = 1
     keep_checkpoints: PositiveInt = 3
     lease_s: PositiveFloat = 120.0
     """A learner that does not come back within this time loses its groups."""
     seed: int = 0
     num_cpus: PositiveFloat = 0.5
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_threads: NonNegativeInt = 1
+
+
+class EvaluationSettings(_Section):
+    """How versions are measured on held-out problems: `mentor-serve eval`, `learner.eval_every`."""
+
+    suite: str = Field(default="", max_length=200)
+    """Name of the problems in `evaluations.suite`; empty: made from `tasks.source` and `.name`."""
+    num_problems: PositiveInt = 64
+    num_samples: NonNegativeInt = 4
+    """Sampled responses to each problem, beside the greedy one; 0 leaves sampling out."""
+    temperature: PositiveFloat = 0.6
+    """Of sampled responses (paper: 0.6)."""
+    ks: list[PositiveInt] = Field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    """pass@k for those k that are at most `num_samples`."""
+    words: Literal["figure_3"] | list[Annotated[str, Field(min_length=1, max_length=50)]] = (
+        "figure_3"
+    )
+    """Words whose share of responses is counted; `figure_3`: those of the paper's Figure 3."""
+    seed: int = 0
+    """Of the sampled responses; the problems depend on `tasks.seed` alone."""
+    device: str = "cpu"
+    """Where the evaluator of a running service holds its copy of a version."""
+    max_batch_size: PositiveInt = 64
+    """Responses that it generates at the same time."""
+    num_cpus: float = Field(default=0.1, ge=0)
+    """CPUs that Ray books for it; its process runs at the lowest priority of the system."""
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: NonNegativeInt = 1
 
@@ -256,6 +336,7 @@ class Settings(_Section):
     tasks: TaskSettings = TaskSettings()
     reward: RewardSettings = RewardSettings()
     learner: LearnerSettings = LearnerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     store: StoreSettings = StoreSettings()
     weights: WeightSettings = WeightSettings()
     gateway: GatewaySettings = GatewaySettings()
@@ -273,7 +354,37 @@ class Settings(_Section):
                 f"learner.mini_batch_prompts ({self.learner.mini_batch_prompts}) must not exceed "
                 f"learner.prompts_per_step ({self.learner.prompts_per_step})"
             )
+        self._check_guidance()
+        if self.learner.importance != "none" and self.learner.old_logprobs != "recomputed":
+            raise ValueError(
+                f"learner.importance = {self.learner.importance!r} needs "
+                "learner.old_logprobs = 'recomputed'"
+            )
+        if self.learner.mixed_ratio == "mixed" and not self.rollout.record_mixed:
+            raise ValueError(
+                "learner.mixed_ratio = 'mixed' needs rollout.record_mixed = true: only then is the "
+                "mixture's log-probability known at every token"
+            )
         return self
+
+    def _check_guidance(self) -> None:
+        guidance = self.guidance
+        if guidance.method in ("luffy", "questa") and self.expert.model == "none":
+            raise ValueError(
+                f"guidance.method = {guidance.method!r} needs an expert, got expert.model = "
+                "'none'; name one, or use guidance.method = 'on_policy'"
+            )
+        if guidance.method == "luffy" and self.rollout.num_on_policy - guidance.num_expert < 2:
+            raise ValueError(
+                f"guidance.num_expert ({guidance.num_expert}) must leave at least 2 of the "
+                f"rollout.num_on_policy ({self.rollout.num_on_policy}) places to the policy"
+            )
+
+    @property
+    def eval_every(self) -> int:
+        """`learner.eval_every` with `auto` resolved."""
+        every = self.learner.eval_every
+        return every if every != "auto" else 50 * self.policy.model.startswith("embedded:")
 
     @property
     def database_url(self) -> str:

@@ -35,6 +35,15 @@ class TrajectoryKind(StrEnum):
     SERVED = "served"
 
 
+class GuidanceMethod(StrEnum):
+    """How the expert takes part in a group's rollouts (docs/baselines.md)."""
+
+    MENTOR = "mentor"
+    ON_POLICY = "on_policy"
+    LUFFY = "luffy"
+    QUESTA = "questa"
+
+
 class StopReason(StrEnum):
     """Why a rollout ended."""
 
@@ -128,7 +137,7 @@ class Rollout:
     expert_logprobs: FloatArray
     entropies: FloatArray
     weights: FloatArray
-    """w_t; 0 in rollouts that are not mixed."""
+    """w_t; 0 in the policy's own rollouts, 1 in whole expert trajectories."""
     sources: ByteArray
     """`TokenSource` values."""
     policy_versions: IntArray

@@ -64,6 +64,11 @@ def test_flags_may_carry_json() -> None:
         ({"rollout.max_new_tokens": 100_000}, "max_model_len"),
         ({"learner.mini_batch_prompts": 99}, "prompts_per_step"),
         ({"run_name": "../up"}, "run_name"),
+        ({"guidance.method": "magic"}, "guidance.method"),
+        ({"guidance.method": "luffy", "expert.model": "none"}, "needs an expert"),
+        ({"guidance.method": "questa", "expert.model": "none"}, "needs an expert"),
+        ({"guidance.method": "luffy", "guidance.num_expert": 7}, "leave at least 2"),
+        ({"guidance.hint_fraction": 1.0}, "guidance.hint_fraction"),
     ],
 )
 def test_wrong_settings_are_named(overrides: dict[str, object], part: str) -> None:

@@ -45,6 +45,6 @@ def build_application(settings: Settings) -> serve.Application:
     if settings.expert.model != "none" and settings.expert.placement == "remote":
         expert = expert_deployment(settings).bind(settings)
     policy = policy_deployment(settings).bind(settings, expert)
-    collector = collector_deployment(settings).bind(settings, policy)
+    collector = collector_deployment(settings).bind(settings, policy, expert)
     application: Any = gateway_deployment(settings).bind(settings, policy, collector, expert)
     return application

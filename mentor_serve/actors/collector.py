@@ -10,22 +10,31 @@ from ray import serve
 
 from mentor_serve.actors import names
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
-from mentor_serve.actors.supervisor import LearnerSupervisor, stop_learner
+from mentor_serve.actors.supervisor import Supervisor, stop_supervised, supervised_actors
 from mentor_serve.actors.workload import task_source, verifier_pool
 from mentor_serve.models.loading import load_tokenizer
 from mentor_serve.rollout.collector import Collector, CollectorConfig
 from mentor_serve.rollout.prompts import PromptRenderer
+from mentor_serve.rollout.strategies import GuidanceConfig, HintSchedule
 from mentor_serve.settings import Settings
-from mentor_serve.types import Guidance, Rollout, RolloutRequest, SamplingParams
+from mentor_serve.types import (
+    Guidance,
+    GuidanceMethod,
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+)
 
 log = structlog.get_logger(__name__)
 
 
 class PolicySampler:
-    """`GroupSampler` over the policy's Serve handle."""
+    """`GroupSampler` over the policy's Serve handle, and the expert's where it is a deployment."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, expert: Any = None, *, expert_timeout_s: float = 5.0) -> None:
         self._handle = handle
+        self._expert = expert
+        self._expert_timeout_s = expert_timeout_s
 
     async def guidance(self) -> Guidance:
         """Version, alpha and gamma of the live policy."""
@@ -36,6 +45,36 @@ class PolicySampler:
         """One list of rollouts per request."""
         rollouts: list[list[Rollout]] = await self._handle.sample.remote(requests)
         return rollouts
+
+    async def sample_expert(self, requests: list[RolloutRequest]) -> list[list[Rollout]]:
+        """The expert's own rollouts; a remote expert has to answer a ping in time first."""
+        handle = self._handle
+        if self._expert is not None:
+            handle = self._expert
+            # Whole solutions may take long; that nobody is there shows sooner.
+            await asyncio.wait_for(handle.ping.remote(), self._expert_timeout_s)
+        rollouts: list[list[Rollout]] = await handle.sample_expert.remote(requests)
+        return rollouts
+
+
+def guidance_config(settings: Settings) -> GuidanceConfig:
+    """Which method guides, with its own settings."""
+    guidance, rollout = settings.guidance, settings.rollout
+    return GuidanceConfig(
+        method=GuidanceMethod(guidance.method),
+        expert_model=settings.expert.model,
+        num_expert=guidance.num_expert,
+        hints=HintSchedule(
+            fraction=guidance.hint_fraction,
+            later_fraction=guidance.hint_later_fraction,
+            later_step=guidance.hint_later_step,
+            header=guidance.hint_header,
+            max_prompt_tokens=settings.policy.max_model_len - rollout.max_new_tokens,
+        ),
+        expert_attempts=guidance.expert_attempts,
+        max_uses=guidance.max_uses,
+        only_correct=guidance.only_correct,
+    )
 
 
 def collector_config(settings: Settings, *, index: int = 0, count: int = 1) -> CollectorConfig:
@@ -48,6 +87,7 @@ def collector_config(settings: Settings, *, index: int = 0, count: int = 1) -> C
         sampling=SamplingParams(
             temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
         ),
+        guidance=guidance_config(settings),
         concurrent_groups=rollout.concurrent_groups,
         record_mixed=rollout.record_mixed,
         seed=rollout.seed,
@@ -63,7 +103,7 @@ def collector_config(settings: Settings, *, index: int = 0, count: int = 1) -> C
 class CollectorReplica:
     """Runs the collecting loop from construction to destruction."""
 
-    def __init__(self, settings: Settings, policy: Any) -> None:
+    def __init__(self, settings: Settings, policy: Any, expert: Any = None) -> None:
         enter_process(settings, role="collector")
         prepare_state(settings)
         self._settings = settings
@@ -73,7 +113,7 @@ class CollectorReplica:
         count = settings.rollout.num_collectors
         tokenizer = load_tokenizer(settings.policy.model)
         self._verifiers = verifier_pool(settings)
-        self._sampler = PolicySampler(policy)
+        self._sampler = PolicySampler(policy, expert, expert_timeout_s=settings.expert.timeout_s)
         self._collector = Collector(
             sampler=self._sampler,
             source=task_source(settings, shard=index, num_shards=count),
@@ -86,17 +126,17 @@ class CollectorReplica:
         self._stop = asyncio.Event()
         loop = asyncio.get_event_loop()
         self._tasks = [loop.create_task(self._collect())]
-        if settings.learner.enabled:
-            self._tasks.append(loop.create_task(self._supervise()))
+        self._supervised = supervised_actors(settings)
+        self._tasks += [loop.create_task(self._supervise(name)) for name in self._supervised]
 
     async def _collect(self) -> None:
         await self._sampler.guidance()  # waits for a policy replica
         await self._collector.run(self._stop)
 
-    async def _supervise(self) -> None:
+    async def _supervise(self, name: str) -> None:
         # The learner publishes its version first thing: start it when somebody can take it.
         await self._sampler.guidance()
-        await LearnerSupervisor(self._settings, self._store, self._run_id).run(self._stop)
+        await Supervisor(name, self._settings, self._store, self._run_id).run(self._stop)
 
     async def stop(self) -> None:
         """Finish the groups in flight (bounded) and store them."""
@@ -116,9 +156,9 @@ class CollectorReplica:
 
     async def __del__(self) -> None:
         await self.stop()
-        if self._settings.learner.enabled:
-            # Without collectors it would only poll; where others remain, they start it again.
-            await asyncio.to_thread(stop_learner, self._settings.gateway.drain_timeout_s)
+        if self._supervised:
+            # Without collectors they would only poll; where others remain, they start them again.
+            await asyncio.to_thread(stop_supervised, self._settings.gateway.drain_timeout_s)
         await self._verifiers.close()
         self._store.close()
 

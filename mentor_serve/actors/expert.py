@@ -67,8 +67,12 @@ class Expert:
         async with self._server_lock:
             self._server.release(sequence_ids)
 
+    async def sample_expert(self, requests: list[RolloutRequest]) -> list[list[Rollout]]:
+        """Rollouts of the expert itself for a collector, all requests at once."""
+        return list(await asyncio.gather(*(self._driver.generate(one) for one in requests)))
+
     async def generate(self, model: str, request: RolloutRequest) -> list[Rollout]:
-        """Rollouts of the expert itself."""
+        """The same for an HTTP request, which goes first."""
         del model
         return await self._driver.generate(replace(request, mixed=False, priority=1))
 

@@ -49,7 +49,7 @@ def run_in_foreground(settings: Settings, *, with_dashboard: bool) -> None:
     # The console belongs to our own lines; every part of the service logs to files and stderr.
     for library in ("ray", "ray.serve", "alembic"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    with _handled_signals() as signals, _owned_state(settings):
+    with _handled_signals() as signals, owned_state(settings):
         if not os.environ.get("RAY_ADDRESS"):
             check_port_is_free(settings.gateway.host, settings.gateway.port, setting="gateway.port")
         if with_dashboard:
@@ -107,7 +107,7 @@ def _handled_signals() -> Iterator[_StopSignals]:
 
 
 @contextmanager
-def _owned_state(settings: Settings) -> Iterator[None]:
+def owned_state(settings: Settings) -> Iterator[None]:
     """Lock the state directory for this process; the lock dies with it, kill -9 included."""
     prepare_state(settings)
     path = settings.home.resolve() / "service.lock"

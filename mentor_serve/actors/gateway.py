@@ -22,12 +22,14 @@ from mentor_serve.actors.detached import find_actor
 from mentor_serve.actors.policy import PolicyState
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
 from mentor_serve.engines.base import StepOutput
-from mentor_serve.errors import EngineError, MentorError, StoreError
+from mentor_serve.errors import EngineError, MentorError, StoreError, WeightsError
 from mentor_serve.models.loading import load_tokenizer
 from mentor_serve.serving.app import create_app
 from mentor_serve.serving.backend import (
+    ConflictError,
     Generation,
     ModelCard,
+    NotFoundError,
     OverloadedError,
     Readiness,
 )
@@ -190,7 +192,9 @@ class GatewayBackend:
     async def training(self) -> Mapping[str, Any]:
         """Where the run stands, the learner's own view and the collectors' counters."""
         status = await asyncio.to_thread(self._store.training_status, self._run_id)
+        evaluation = await asyncio.to_thread(self._store.latest_evaluation, self._run_id)
         document: dict[str, Any] = asdict(status)
+        document["evaluation"] = None if evaluation is None else asdict(evaluation)
         document["learner"] = await self._learner_status()
         return document
 
@@ -208,10 +212,35 @@ class GatewayBackend:
 
     async def set_paused(self, paused: bool) -> None:
         """Pauses the learner; collection follows by its own pacing."""
+        learner = self._learner()
+        await asyncio.wait_for(learner.set_paused.remote(paused), ANSWER_TIMEOUT_S)
+
+    def _learner(self) -> Any:
         learner = find_actor(names.LEARNER)
         if learner is None:
             raise OverloadedError("the learner is starting; try again", retry_after_s=2.0)
-        await asyncio.wait_for(learner.set_paused.remote(paused), ANSWER_TIMEOUT_S)
+        return learner
+
+    async def roll_back(self, version: int) -> Mapping[str, Any]:
+        """See `Backend.roll_back`; waits for the update in progress."""
+        known = await asyncio.to_thread(self._store.version, self._run_id, version)
+        if known is None:
+            raise NotFoundError(f"version {version} is none of this run; see GET /v1/weights")
+        if not self._settings.learner.enabled:
+            raise ConflictError("learner.enabled is false: the served weights never change")
+        status = await self._learner_status()
+        if status is None or status.get("phase") in {None, "starting"}:
+            raise OverloadedError("the learner is starting; try again", retry_after_s=2.0)
+        try:
+            record = await asyncio.wait_for(
+                self._learner().rollback.remote(version), self._settings.gateway.request_timeout_s
+            )
+        except ray.exceptions.RayError as error:
+            cause = _translated(error)
+            if isinstance(cause, WeightsError):
+                raise ConflictError(str(cause)) from error
+            raise cause from error
+        return asdict(record)
 
     async def trajectories(
         self, *, limit: int, kind: TrajectoryKind | None, before: str | None

@@ -15,10 +15,13 @@ from mentor_serve.actors.runtime import enter_process, open_run, open_store, pre
 from mentor_serve.actors.weight_store import RayBroadcaster
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.settings import Settings
+from mentor_serve.store import TrajectoryStore, VersionRecord
 from mentor_serve.telemetry import open_tracker
+from mentor_serve.weights import Broadcaster
 
 if TYPE_CHECKING:
-    from mentor_serve.learner import LearnerConfig
+    from mentor_serve.learner import Learner, LearnerConfig, TrainingOptions
+    from mentor_serve.learner.backends import RankOptions
 
 log = structlog.get_logger(__name__)
 
@@ -28,7 +31,7 @@ log = structlog.get_logger(__name__)
 
 def learner_config(settings: Settings) -> LearnerConfig:
     """The learner's own view of the settings."""
-    from mentor_serve.learner import LearnerConfig, UpdateConfig
+    from mentor_serve.learner import AdvantageConfig, LearnerConfig, UpdateConfig
 
     learner, guidance = settings.learner, settings.guidance
     return LearnerConfig(
@@ -37,7 +40,13 @@ def learner_config(settings: Settings) -> LearnerConfig:
         max_steps=learner.max_steps,
         alpha_initial=guidance.alpha_initial,
         alpha_steps=guidance.alpha_steps,
-        reward_range=guidance.reward_range,
+        advantages=AdvantageConfig(
+            estimator=learner.advantages,
+            reward_range=guidance.reward_range,
+            mask_truncated=learner.mask_truncated,
+            mixed_ratio=learner.mixed_ratio,
+        ),
+        dynamic_sampling=learner.dynamic_sampling,
         entropy_quantile=guidance.entropy_quantile,
         initial_gamma=guidance.initial_gamma,
         gamma_floor=guidance.gamma_floor,
@@ -55,35 +64,102 @@ def learner_config(settings: Settings) -> LearnerConfig:
             temperature=settings.rollout.temperature,
             max_grad_norm=learner.max_grad_norm,
             max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,
+            old_logprobs=learner.old_logprobs,
+            importance=learner.importance,
+            importance_mode=learner.importance_mode,
+            importance_cap=learner.importance_cap,
+            expert_shaping=learner.expert_shaping,
         ),
     )
+
+
+def training_options(settings: Settings) -> TrainingOptions:
+    """How the backend holds the model."""
+    from mentor_serve.learner import LoraOptions, TrainingOptions
+
+    learner = settings.learner
+    lora = LoraOptions(
+        rank=max(1, learner.lora_rank),
+        scale=learner.lora_scale,
+        target_modules=tuple(learner.lora_target_modules),
+    )
+    return TrainingOptions(
+        learning_rate=learner.learning_rate,
+        weight_decay=learner.weight_decay,
+        device=learner.device,
+        autocast=learner.autocast,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        lora=lora if learner.lora_rank > 0 else None,
+        seed=learner.seed,
+    )
+
+
+def rank_options(settings: Settings) -> RankOptions:
+    """What the backend's ranks get."""
+    from mentor_serve.learner.backends import RankOptions
+
+    learner = settings.learner
+    return RankOptions(
+        num_learners=learner.num_learners,
+        num_cpus=learner.num_cpus_per_learner,
+        num_gpus=learner.num_gpus_per_learner,
+        num_threads=learner.num_threads,
+        call_timeout_s=learner.rank_timeout_s,
+        zero_stage=learner.zero_stage,
+        zero_offload=learner.zero_offload,
+        zero_options=learner.zero_options,
+    )
+
+
+def build_learner(settings: Settings, store: TrajectoryStore, broadcaster: Broadcaster) -> Learner:
+    """The run's learner, not started; nothing is read or written yet."""
+    from mentor_serve.learner import Learner
+    from mentor_serve.learner.backends import build_backend
+
+    name = settings.policy.model
+    # Ranks of their own take the weights over; this process may not even see a GPU.
+    device = "cpu" if settings.learner.num_learners > 0 else settings.learner.device
+    return Learner(
+        store,
+        run_id=open_run(settings, store),
+        load_policy=lambda: (load_model(name, device=device), load_tokenizer(name)),
+        backend=build_backend(
+            settings.learner.backend, training_options(settings), rank_options(settings)
+        ),
+        broadcaster=broadcaster,
+        config=learner_config(settings),
+        weights_dir=settings.weights_dir,
+        checkpoints_dir=settings.checkpoints_dir,
+    )
+
+
+def roll_back_alone(
+    settings: Settings, store: TrajectoryStore, version: int, broadcaster: Broadcaster
+) -> VersionRecord:
+    """Roll back where no learner runs, under the lock that keeps learners apart.
+
+    Raises:
+        WeightsError: a learner runs, the version is unknown, or its snapshot is gone or damaged.
+    """
+    learner = build_learner(settings, store, broadcaster)
+    learner.start()
+    try:
+        return learner.rollback(version)
+    finally:
+        learner.close()
 
 
 class LearnerActor:
     """Owns the learner. Ray restarts it after a crash; the database says where to go on."""
 
     def __init__(self, settings: Settings) -> None:
-        from mentor_serve.learner import Learner, TorchBackend
         from mentor_serve.learner.records import tracked_numbers
 
         enter_process(settings, role="learner", num_threads=settings.learner.num_threads)
         prepare_state(settings)
-        store = open_store(settings)
-        name, device = settings.policy.model, settings.learner.device
-        self._learner = Learner(
-            store,
-            run_id=open_run(settings, store),
-            load_policy=lambda: (load_model(name, device=device), load_tokenizer(name)),
-            backend=TorchBackend(
-                learning_rate=settings.learner.learning_rate,
-                weight_decay=settings.learner.weight_decay,
-                device=device,
-            ),
-            broadcaster=RayBroadcaster(settings),
-            config=learner_config(settings),
-            weights_dir=settings.weights_dir,
-            checkpoints_dir=settings.checkpoints_dir,
-        )
+        self._settings = settings
+        self._store = open_store(settings)
+        self._learner = build_learner(settings, self._store, RayBroadcaster(settings))
         self._tracker = open_tracker(
             settings.telemetry.tracker,
             directory=settings.home / "trackers" / settings.run_name,
@@ -124,6 +200,25 @@ class LearnerActor:
             self._learner.pause()
         else:
             self._learner.resume()
+
+    def rollback(self, version: int) -> VersionRecord:
+        """Make a new version with the weights of a kept one, after the update in progress.
+
+        Raises:
+            WeightsError: the version is unknown, or its snapshot is gone or damaged.
+        """
+        if not self._thread.is_alive():
+            # Finished (`learner.max_steps`): it gave up model, directories and lock.
+            broadcaster = RayBroadcaster(self._settings)
+            return roll_back_alone(self._settings, self._store, version, broadcaster)
+        was_paused = self._learner.status().is_paused
+        # Locks are not fair: a loop that always finds groups would hardly ever let us in.
+        self._learner.pause()
+        try:
+            return self._learner.rollback(version)
+        finally:
+            if not was_paused:
+                self._learner.resume()
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the update in progress and end the loop; False if that took too long."""

@@ -17,7 +17,7 @@ from ray import serve
 
 from mentor_serve.actors import names
 from mentor_serve.actors.application import deployment_handle
-from mentor_serve.actors.supervisor import stop_learner
+from mentor_serve.actors.supervisor import stop_supervised
 from mentor_serve.errors import ConfigError, ServiceError
 from mentor_serve.settings import Settings
 
@@ -85,15 +85,15 @@ def start_ray() -> None:
 
 
 def drain_service(settings: Settings) -> None:
-    """Refuse new requests, let those in flight finish, store what was collected, end the learner.
+    """Refuse new requests, let those in flight finish, store what was collected, end the actors.
 
     Bounded by `gateway.drain_timeout_s` for each part; a part that does not answer is left to
     the shutdown that follows, which is safe at any moment.
     """
     timeout_s = settings.gateway.drain_timeout_s + 5.0
     asyncio.run(_drain_replicas(timeout_s))
-    # After the collectors: their supervisor would start the learner again.
-    stop_learner(timeout_s)
+    # After the collectors: their supervisors would start these again.
+    stop_supervised(timeout_s)
 
 
 async def _drain_replicas(timeout_s: float) -> None:

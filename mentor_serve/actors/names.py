@@ -13,3 +13,4 @@ COLLECTOR = "Collector"
 
 WEIGHT_STORE = "weight_store"
 LEARNER = "learner"
+EVALUATOR = "evaluator"

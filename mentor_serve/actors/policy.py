@@ -110,6 +110,20 @@ class Policy:
         """Rollouts for a collector, all requests at once so that they share the prompt."""
         return list(await asyncio.gather(*(self._driver.generate(r) for r in requests)))
 
+    async def sample_expert(self, requests: list[RolloutRequest]) -> list[list[Rollout]]:
+        """The colocated expert's own rollouts for a collector; HTTP requests go first there, too.
+
+        Raises:
+            InvalidRequest: the expert is not in this process.
+        """
+        driver = self._expert_driver
+        if driver is None:
+            raise InvalidRequest(
+                "expected an expert in the policy's process, found none; "
+                "set expert.placement = 'colocated' or ask the expert's deployment"
+            )
+        return list(await asyncio.gather(*(driver.generate(request) for request in requests)))
+
     async def generate(self, model: str, request: RolloutRequest) -> list[Rollout]:
         """Rollouts for an HTTP request; `model` as users name it."""
         driver, request = await self._route(model, request)

@@ -1,8 +1,9 @@
-"""Keeps one learner alive: starts it, watches it, replaces it when it hangs, stops it.
+"""Keeps the learner and the evaluator alive: starts, watches, replaces those that hang, stops.
 
-Ray itself restarts a learner whose process died. What Ray cannot see is a loop that ended or an
+Ray itself restarts an actor whose process died. What Ray cannot see is a loop that ended or an
 actor that no longer answers; those are killed here and made anew. Both are safe at any moment,
-because the database and the checkpoints decide where a learner goes on.
+because the database and the checkpoints decide where a learner goes on, and an evaluation that was
+cut off has stored nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import structlog
 
 from mentor_serve.actors import names
 from mentor_serve.actors.detached import find_actor, kill_actor, retire_outdated
+from mentor_serve.actors.evaluator import ensure_evaluator
 from mentor_serve.actors.learner import ensure_learner
 from mentor_serve.settings import Settings
 from mentor_serve.store import TrajectoryStore
@@ -22,20 +24,30 @@ log = structlog.get_logger(__name__)
 
 POLL_INTERVAL_S = 2.0
 ANSWER_TIMEOUT_S = 30.0
-"""A learner answers `status` from a thread of its own, also in the middle of an update."""
+"""They answer `status` from a thread of its own, also in the middle of an update."""
+
+_ENSURE = {names.LEARNER: ensure_learner, names.EVALUATOR: ensure_evaluator}
 
 
-class LearnerSupervisor:
-    """Runs beside a collector; several may watch the same learner."""
+def supervised_actors(settings: Settings) -> list[str]:
+    """Names of the actors that the settings ask for."""
+    if not settings.learner.enabled:
+        return []
+    return [names.LEARNER, *([names.EVALUATOR] if settings.eval_every else [])]
 
-    def __init__(self, settings: Settings, store: TrajectoryStore, run_id: str) -> None:
+
+class Supervisor:
+    """Watches one actor from beside a collector; several may watch the same one."""
+
+    def __init__(self, name: str, settings: Settings, store: TrajectoryStore, run_id: str) -> None:
+        self._name = name
         self._settings = settings
         self._store = store
         self._run_id = run_id
 
     async def run(self, stop_event: asyncio.Event) -> None:
         """Watch until `stop_event`."""
-        await asyncio.to_thread(retire_outdated, names.LEARNER, self._settings)
+        await asyncio.to_thread(retire_outdated, self._name, self._settings)
         while not stop_event.is_set():
             problem = await self._problem()
             if problem is not None and not stop_event.is_set():
@@ -46,9 +58,9 @@ class LearnerSupervisor:
                 continue
 
     async def _problem(self) -> str | None:
-        learner = ensure_learner(self._settings)
+        actor = _ENSURE[self._name](self._settings)
         try:
-            status = await asyncio.wait_for(learner.status.remote(), ANSWER_TIMEOUT_S)
+            status = await asyncio.wait_for(actor.status.remote(), ANSWER_TIMEOUT_S)
         except TimeoutError:
             return f"no answer within {ANSWER_TIMEOUT_S:g} s"
         except ray.exceptions.ActorUnavailableError:
@@ -58,24 +70,29 @@ class LearnerSupervisor:
         return None if status["fatal_error"] is None else str(status["fatal_error"])
 
     async def _replace(self, problem: str) -> None:
-        log.error("learner_replaced", problem=problem)
+        log.error("actor_replaced", actor=self._name, problem=problem)
         await asyncio.to_thread(
             self._store.add_event,
             self._run_id,
-            kind="learner_replaced",
+            kind=f"{self._name}_replaced",
             severity="error",
             message=problem.splitlines()[0],
         )
-        kill_actor(names.LEARNER)
+        kill_actor(self._name)
 
 
-def stop_learner(timeout_s: float) -> None:
-    """Let the learner finish its update, then end its process; bounded by `timeout_s`."""
-    learner = find_actor(names.LEARNER)
-    if learner is None:
+def stop_supervised(timeout_s: float) -> None:
+    """End the evaluator at once, the learner after its update; bounded by `timeout_s` each."""
+    _stop(names.EVALUATOR, timeout_s)
+    _stop(names.LEARNER, timeout_s)
+
+
+def _stop(name: str, timeout_s: float) -> None:
+    actor = find_actor(name)
+    if actor is None:
         return
     try:
-        ray.get(learner.stop.remote(timeout_s), timeout=timeout_s + 5.0)
+        ray.get(actor.stop.remote(timeout_s), timeout=timeout_s + 5.0)
     except (ray.exceptions.RayError, TimeoutError) as error:
-        log.warning("learner_not_stopped_in_time", error=str(error).splitlines()[0])
-    kill_actor(names.LEARNER)
+        log.warning("actor_not_stopped_in_time", actor=name, error=str(error).splitlines()[0])
+    kill_actor(name)

@@ -1,4 +1,4 @@
-"""Group advantages of mixed-policy GRPO (paper, Eq. 10 and 11).
+"""Group advantages: mixed-policy GRPO (paper, Eq. 10 and 11) and what practitioners use instead.
 
 Shapes: G on-policy rollouts of one prompt, M mixed rollouts of the same prompt.
 """
@@ -23,6 +23,36 @@ def on_policy_advantages(rewards_G: Tensor) -> Tensor:
     if bool((rewards_G == rewards_G[0]).all()):
         return torch.zeros_like(rewards_G)
     return (rewards_G - rewards_G.mean()) / rewards_G.std(correction=1)
+
+
+def leave_one_out_advantages(rewards_G: Tensor) -> Tensor:
+    """`R_i - mean of the other rewards`: [G] -> [G]; 0 for a single rollout.
+
+    The baseline does not depend on the rollout's own reward, so the gradient is unbiased (RLOO;
+    Ahmadian et al., arXiv 2402.14740). Equals the centred reward times `G / (G - 1)`.
+    Worked value: rewards (1, 0, 0) give (1, -0.5, -0.5).
+
+    Raises:
+        ValueError: not a vector, empty, or a reward that is not finite.
+    """
+    _check_rewards(rewards_G, name="rewards_G")
+    count = len(rewards_G)
+    if count == 1:
+        return torch.zeros_like(rewards_G)
+    return (rewards_G - rewards_G.mean()) * (count / (count - 1))
+
+
+def centred_advantages(rewards_G: Tensor) -> Tensor:
+    """`R_i - mean(R)` without the standard deviation: [G] -> [G].
+
+    Dr. GRPO (arXiv 2503.20783): dividing by it favours prompts that are nearly always or nearly
+    never solved. Worked value: rewards (1, 0, 0, 1) give (0.5, -0.5, -0.5, 0.5).
+
+    Raises:
+        ValueError: not a vector, empty, or a reward that is not finite.
+    """
+    _check_rewards(rewards_G, name="rewards_G")
+    return rewards_G - rewards_G.mean()
 
 
 def mixed_advantages(

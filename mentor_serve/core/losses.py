@@ -19,6 +19,7 @@ def clipped_surrogate_loss(
     clip_high: float,
     *,
     normalizer: float | Tensor | None = None,
+    token_weights_BT: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`-sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) / num_tokens` over masked tokens.
 
@@ -32,6 +33,8 @@ def clipped_surrogate_loss(
         normalizer: total number of tokens of the whole mini-batch. Give it when a mini-batch is
             cut into micro-batches: their losses and metrics then sum to the global Eq. 9.
             Default: this call's own token count.
+        token_weights_BT: factor on each token's surrogate, [B, T] (`core.corrections`); no gradient
+            flows. Default: 1.
 
     Returns:
         The scalar loss and 0-d metrics, detached: `clip_fraction_low` and `clip_fraction_high`
@@ -56,6 +59,8 @@ def clipped_surrogate_loss(
     ratio_BT = log_ratio_BT.exp()
     clipped_BT = ratio_BT.clamp(1.0 - clip_low, 1.0 + clip_high)
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+    if token_weights_BT is not None:
+        surrogate_BT = surrogate_BT * torch.where(counted_BT, token_weights_BT.detach(), zero)
     num_tokens = counted_BT.sum()
     denominator = num_tokens.clamp(min=1) if normalizer is None else normalizer
     loss = -surrogate_BT.sum() / denominator
@@ -69,6 +74,50 @@ def clipped_surrogate_loss(
             "num_tokens": num_tokens,
         }
     return loss, metrics
+
+
+def shaped_surrogate_loss(
+    logprobs_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    shaping: float = 0.1,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`-sum f(pi_theta(y)) A / num_tokens` with `f(x) = x / (x + shaping)`, for expert tokens.
+
+    LUFFY (arXiv 2504.14945): tokens of whole expert trajectories, whose behaviour probability is
+    taken as 1, so that the ratio is the policy's own probability; shaped, and not clipped. The
+    gradient's weight `shaping p / (p + shaping)^2` is largest at p = shaping: unlikely expert
+    tokens are learned from, while plain `p A` would all but ignore them.
+
+    Args:
+        logprobs_BT: log pi_theta of each expert token, [B, T].
+        advantages_B: one advantage a sequence [B], or a token [B, T].
+        mask_BT: true at tokens that count.
+        shaping: the constant, 0.1 in LUFFY; > 0.
+        normalizer: as in `clipped_surrogate_loss`.
+
+    Returns:
+        The scalar loss and `num_tokens` of this call.
+
+    Worked value: p = 0.1, A = 1, one token: loss -0.5, and d loss / d log p = -0.25.
+
+    Raises:
+        ValueError: shapes that disagree, or `shaping` not above 0.
+    """
+    _check_shapes(logprobs_BT, logprobs_BT, advantages_B, mask_BT)
+    if not shaping > 0:
+        raise ValueError(f"shaping: expected a number > 0, got {shaping}")
+    counted_BT = mask_BT.bool()
+    advantage_BT = advantages_B if advantages_B.ndim == 2 else advantages_B.unsqueeze(-1)
+    zero = torch.zeros((), dtype=logprobs_BT.dtype, device=logprobs_BT.device)
+    probs_BT = torch.where(counted_BT, logprobs_BT, zero).exp()
+    advantage_BT = torch.where(counted_BT, advantage_BT.to(logprobs_BT.dtype), zero)
+    num_tokens = counted_BT.sum()
+    denominator = num_tokens.clamp(min=1) if normalizer is None else normalizer
+    loss = -(probs_BT / (probs_BT + shaping) * advantage_BT).sum() / denominator
+    return loss, {"num_tokens": num_tokens}
 
 
 def _check_shapes(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> None:

@@ -46,16 +46,47 @@ def wilson_interval(num_passed: int, num_trials: int) -> tuple[float, float]:
 def bootstrap_interval(
     values: Sequence[float], *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean, resampling problems (not samples).
+    """Return the 95 % percentile interval of the mean, resampling problems (not samples)."""
+    if not values:
+        return 0.0, 1.0
+    bootstrap = ProblemBootstrap(len(values), num_resamples=num_resamples, seed=seed)
+    return bootstrap.interval(values)
+
+
+class ProblemBootstrap:
+    """95 % percentile intervals of numbers that are sums over problems, from common resamples.
 
     Samples of one problem depend on each other; problems do not, so they are what is redrawn.
     """
-    if not values:
-        return 0.0, 1.0
-    array = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    # One row at a time would be slow, all at once large: counts of each problem are enough.
-    counts = generator.multinomial(len(array), np.full(len(array), 1 / len(array)), num_resamples)
-    means = counts @ array / len(array)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+
+    def __init__(self, num_problems: int, *, num_resamples: int = 2000, seed: int = 0) -> None:
+        """Draw the resamples; the same arguments give the same ones.
+
+        Raises:
+            ValueError: fewer than one problem.
+        """
+        if num_problems < 1:
+            raise ValueError(f"num_problems: expected at least 1, got {num_problems}")
+        generator = np.random.default_rng(seed)
+        # How often each problem was drawn is all that sums need, and small.
+        chances = np.full(num_problems, 1 / num_problems)
+        self._counts = generator.multinomial(num_problems, chances, num_resamples).astype(float)
+
+    def interval(
+        self, numerators: Sequence[float], denominators: Sequence[float] | None = None
+    ) -> tuple[float, float]:
+        """The interval of `sum(numerators) / sum(denominators)`, one entry a problem in each.
+
+        Without denominators, of the mean. Resamples whose denominators sum to 0 do not count;
+        (NaN, NaN) where no resample does.
+        """
+        sums = self._counts @ np.asarray(numerators, dtype=np.float64)
+        if denominators is None:
+            scale = np.full(len(sums), float(self._counts.shape[1]))
+        else:
+            scale = self._counts @ np.asarray(denominators, dtype=np.float64)
+        ratios = sums[scale > 0] / scale[scale > 0]
+        if ratios.size == 0:
+            return math.nan, math.nan
+        low, high = np.quantile(ratios, [0.025, 0.975])
+        return float(low), float(high)

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 
 from mentor_serve.errors import ConfigError, EngineError, VerifierError
-from mentor_serve.evaluation.passk import bootstrap_interval, pass_at_k, wilson_interval
+from mentor_serve.evaluation.measures import (
+    WORD_PREFIX,
+    Measure,
+    ProblemCounts,
+    measure_problems,
+)
 from mentor_serve.evaluation.words import FIGURE_3_WORDS, word_shares
 from mentor_serve.rollout.groups import derive_seed
 from mentor_serve.rollout.prompts import PromptRenderer
@@ -30,46 +35,48 @@ DEFAULT_KS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
-    """What a model did on a set of problems. Shares are in [0, 1], entropies in nats."""
+    """What a model did on a set of problems, at one temperature."""
 
     num_problems: int
     num_samples: int
     """Responses to each problem."""
     temperature: float
-    accuracy: float
-    """Mean over all responses: avg@num_samples; pass@1 where sampling is greedy."""
-    accuracy_low: float
-    """Lower end of its 95 % interval: Wilson for one right or wrong response, else bootstrap."""
-    accuracy_high: float
-    pass_at: dict[int, float]
-    """Unbiased pass@k for every k asked for that is at most `num_samples`."""
-    mean_reward: float
-    mean_format: float
-    mean_entropy: float
-    """Mean over all response tokens."""
-    mean_tokens: float
-    """Mean response length."""
-    truncated_share: float
-    """Share of responses that ended at the length limit."""
-    word_shares: dict[str, float]
-    """Share of responses with each word (Figure 3)."""
+    measures: tuple[Measure, ...]
     num_unjudged: int
     """Responses whose verifier failed; they count as wrong."""
     accuracy_by_problem: list[float]
     """Mean accuracy of each problem, in the order of the tasks."""
 
-    def measures(self) -> list[tuple[str, int | None, float]]:
-        """Return (metric, k, value) rows for the table `evaluations`."""
-        rows: list[tuple[str, int | None, float]] = [("avg_at_k", self.num_samples, self.accuracy)]
-        rows += [("pass_at_k", k, value) for k, value in self.pass_at.items()]
-        names = ("mean_reward", "mean_format", "mean_entropy", "mean_tokens", "truncated_share")
-        return rows + [(name, None, float(getattr(self, name))) for name in names]
+    def measure(self, metric: str, k: int | None = None) -> Measure:
+        """The number of that name.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for measure in self.measures:
+            if (measure.metric, measure.k) == (metric, k):
+                return measure
+        raise KeyError(f"{metric}, k = {k}")
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over all responses: avg@num_samples; pass@1 where sampling is greedy."""
+        return self.measure("avg_at_k", self.num_samples).value
+
+    @property
+    def pass_at(self) -> dict[int, float]:
+        """Unbiased pass@k for every k that was asked for and is at most `num_samples`."""
+        return {m.k: m.value for m in self.measures if m.metric == "pass_at_k" and m.k}
+
+    @property
+    def word_shares(self) -> dict[str, float]:
+        """Share of responses with each word (Figure 3)."""
+        words = (m for m in self.measures if m.metric.startswith(WORD_PREFIX))
+        return {m.metric.removeprefix(WORD_PREFIX): m.value for m in words}
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        plain = dataclasses.asdict(self)
-        plain["pass_at"] = {str(k): value for k, value in self.pass_at.items()}
-        return plain
+        return dataclasses.asdict(self)
 
 
 async def evaluate(  # noqa: PLR0913 - the knobs of one evaluation, all named
@@ -83,6 +90,7 @@ async def evaluate(  # noqa: PLR0913 - the knobs of one evaluation, all named
     max_new_tokens: int = 96,
     seed: int = 0,
     ks: Sequence[int] = DEFAULT_KS,
+    words: Sequence[str] = FIGURE_3_WORDS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationReport:
     """Sample every task and summarise; the same seed gives the same requests.
@@ -97,6 +105,7 @@ async def evaluate(  # noqa: PLR0913 - the knobs of one evaluation, all named
         max_new_tokens: longest response.
         seed: of the samples.
         ks: values of k; those above `num_samples` are left out.
+        words: what to look for in the responses.
         on_progress: called with (problems done, problems).
 
     Raises:
@@ -128,7 +137,15 @@ async def evaluate(  # noqa: PLR0913 - the knobs of one evaluation, all named
         )
         if on_progress is not None:
             on_progress(len(judged), len(tasks))
-    return _summarise(judged, temperature=temperature, ks=ks)
+    problems = [_counts(of_task, words) for of_task in judged]
+    return EvaluationReport(
+        num_problems=len(judged),
+        num_samples=num_samples,
+        temperature=temperature,
+        measures=tuple(measure_problems(problems, ks=ks)),
+        num_unjudged=sum(not isinstance(r.outcome, Score) for of_task in judged for r in of_task),
+        accuracy_by_problem=[problem.accuracy / num_samples for problem in problems],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,42 +185,18 @@ async def _judge(
     return [judged[start : start + num_samples] for start in range(0, len(judged), num_samples)]
 
 
-def _summarise(
-    judged: Sequence[Sequence[_Judged]], *, temperature: float, ks: Sequence[int]
-) -> EvaluationReport:
-    num_samples = len(judged[0])
-    responses = [response for of_task in judged for response in of_task]
+def _counts(responses: Sequence[_Judged], words: Sequence[str]) -> ProblemCounts:
     scores = [r.outcome for r in responses if isinstance(r.outcome, Score)]
-    by_problem = [float(np.mean([r.accuracy for r in of_task])) for of_task in judged]
-    # Partial credit is no success: pass@k counts responses that are wholly right.
-    num_correct = [sum(r.accuracy >= 1.0 for r in of_task) for of_task in judged]
-    is_binary = all(r.accuracy in (0.0, 1.0) for r in responses)
-    if num_samples == 1 and is_binary:
-        low, high = wilson_interval(sum(num_correct), len(judged))
-    else:
-        low, high = bootstrap_interval(by_problem)
-    num_tokens = [r.rollout.num_tokens for r in responses]
-    entropy_sum = sum(float(np.sum(r.rollout.entropies, dtype=np.float64)) for r in responses)
-    return EvaluationReport(
-        num_problems=len(judged),
-        num_samples=num_samples,
-        temperature=temperature,
-        accuracy=float(np.mean(by_problem)),
-        accuracy_low=low,
-        accuracy_high=high,
-        pass_at={
-            k: float(np.mean([pass_at_k(num_samples, correct, k) for correct in num_correct]))
-            for k in sorted(set(ks))
-            if k <= num_samples
-        },
-        mean_reward=sum(score.reward for score in scores) / len(responses),
-        mean_format=sum(score.format_score for score in scores) / len(responses),
-        mean_entropy=entropy_sum / max(1, sum(num_tokens)),
-        mean_tokens=float(np.mean(num_tokens)),
-        truncated_share=float(
-            np.mean([r.rollout.stop_reason is StopReason.LENGTH for r in responses])
-        ),
-        word_shares=word_shares((r.text for r in responses), FIGURE_3_WORDS),
-        num_unjudged=len(responses) - len(scores),
-        accuracy_by_problem=by_problem,
+    shares = word_shares((r.text for r in responses), words)
+    return ProblemCounts(
+        num_samples=len(responses),
+        num_correct=sum(r.accuracy >= 1.0 for r in responses),
+        accuracy=sum(r.accuracy for r in responses),
+        reward=sum(score.reward for score in scores),
+        format_score=sum(score.format_score for score in scores),
+        entropy=sum(float(np.sum(r.rollout.entropies, dtype=np.float64)) for r in responses),
+        num_tokens=sum(r.rollout.num_tokens for r in responses),
+        num_truncated=sum(r.rollout.stop_reason is StopReason.LENGTH for r in responses),
+        num_with_word={word: round(share * len(responses)) for word, share in shares.items()},
+        is_binary=all(r.accuracy in (0.0, 1.0) for r in responses),
     )

@@ -109,8 +109,9 @@ class LearnerArchive:
     def restore(self, record: VersionRecord) -> tuple[TrainingState, Snapshot]:
         """Bring the backend to a committed version; the snapshot holds its weights.
 
-        Without an intact checkpoint of the version, the weights come from its snapshot and the
-        optimiser's moments from the newest older checkpoint.
+        Without a checkpoint of the version that the backend can load (damaged, or written by
+        another backend or number of ranks), the weights come from its snapshot and the optimiser's
+        moments from the newest older checkpoint, if that can be loaded.
 
         Raises:
             WeightsError: neither checkpoint nor snapshot of the version can be read.
@@ -125,11 +126,10 @@ class LearnerArchive:
         path = checkpoint_path(self._checkpoints_dir, record.version)
         try:
             read_checkpoint(path)
-        except WeightsError as error:
-            self._restore_from_snapshot(record, reason=str(error))
-        else:
             self._backend.load(path / BACKEND)
             restore_rng(path)
+        except WeightsError as error:
+            self._restore_from_snapshot(record, reason=str(error))
         return state, self._intact_snapshot(record, state)
 
     def load_version(self, version: int) -> Snapshot:
@@ -146,11 +146,16 @@ class LearnerArchive:
     def _restore_from_snapshot(self, record: VersionRecord, *, reason: str) -> None:
         self._check_hash(record)
         self.load_version(record.version)
-        older = newest_intact(self._checkpoints_dir, up_to=record.version)
+        older = newest_intact(self._checkpoints_dir, up_to=record.version - 1)
+        moments = "fresh moments"
         if older is not None:
-            self._backend.load_optimizer(older / BACKEND)
-            restore_rng(older)
-        moments = "fresh moments" if older is None else f"the optimiser of {older.name}"
+            try:
+                self._backend.load_optimizer(older / BACKEND)
+            except WeightsError:  # the same reason as for the newest one
+                self.load_version(record.version)
+            else:
+                restore_rng(older)
+                moments = f"the optimiser of {older.name}"
         self._notify(
             "checkpoint_unusable",
             f"version {record.version} goes on from its snapshot with {moments}: {reason}",

@@ -3,6 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from mentor_serve.core.corrections import ImportanceLevel, ImportanceMode
+
+AdvantageEstimator = Literal["grpo", "leave_one_out", "dr_grpo"]
+OldLogprobs = Literal["recorded", "recomputed"]
+MixedRatio = Literal["policy", "mixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters (Hu et al., arXiv 2106.09685) in place of the full weights."""
+
+    rank: int = 16
+    scale: int = 32
+    """peft's `lora_alpha`: the update is multiplied by `scale / rank`."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the adapted modules; `all-linear` is every linear layer but the output head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """How a backend holds the model and its optimiser, whatever it trains on."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    device: str = "cpu"
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Type of matrix products; parameters, moments and the softmax stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a layer and compute the rest again in the backward pass."""
+    lora: LoraOptions | None = None
+    seed: int = 0
+    """Seeds fresh adapters."""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.lora.rank < 1:
+            raise ValueError(f"lora.rank: expected at least 1, got {self.lora.rank}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageConfig:
+    """How rewards become advantages, and which rollouts count."""
+
+    estimator: AdvantageEstimator = "grpo"
+    """Of on-policy rollouts: Eq. 10, leave-one-out, or centred without the deviation."""
+    reward_range: float = 1.0
+    """R_range of Eq. 11."""
+    mask_truncated: bool = False
+    """Leave out rollouts that ended at the length limit: their tokens do not count. Their rewards
+    still belong to the group's mean."""
+    mixed_ratio: MixedRatio = "policy"
+    """What the ratio of mixed tokens is against: the old policy (paper), or the recorded mixed
+    log-probability (the exact one; needs `rollout.record_mixed`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +77,24 @@ class UpdateConfig:
     skip_zero_advantage: bool = True
     """Leave out the forward pass of trajectories whose advantage is 0. Exact: such a trajectory
     adds nothing to the gradient, and its tokens still count in the denominator of Eq. 9."""
+    old_logprobs: OldLogprobs = "recorded"
+    """pi_theta_old: as recorded at generation, or computed again under the weights before the
+    update (older versions and the engine's rounding are then left to `importance`)."""
+    importance: ImportanceLevel = "none"
+    """Weight tokens by (policy before the update) / (recorded), see `core.corrections`."""
+    importance_mode: ImportanceMode = "clamp"
+    importance_cap: float = 2.0
+    expert_shaping: float = 0.1
+    """LUFFY's constant, for tokens of whole expert trajectories."""
+
+    def __post_init__(self) -> None:
+        if self.importance != "none" and self.old_logprobs != "recomputed":
+            raise ValueError(
+                f"importance = {self.importance!r} weighs the policy before the update against "
+                "the recorded one: expected old_logprobs = 'recomputed', got 'recorded'"
+            )
+        if self.importance_cap < 1:
+            raise ValueError(f"importance_cap: expected at least 1, got {self.importance_cap}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +110,10 @@ class LearnerConfig:
     alpha_initial: float = 1.0
     alpha_steps: int = 120
     """Updates over which alpha falls to 0 by a cosine."""
-    reward_range: float = 1.0
-    """R_range of Eq. 11."""
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
+    dynamic_sampling: bool = False
+    """Train on groups that teach something alone (DAPO, arXiv 2503.14476): the others are consumed
+    by the same update without counting, and more groups are taken in their place."""
     entropy_quantile: float = 0.95
     """p of gamma_p."""
     initial_gamma: float = 999.0

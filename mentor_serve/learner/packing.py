@@ -10,7 +10,7 @@ Shapes: R rows, L row length, N response tokens of the micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,10 +51,20 @@ class MicroBatch:
     """[N] bool: the token counts."""
     is_mixed: Tensor
     """[N] bool."""
+    is_expert: Tensor
+    """[N] bool."""
+    keeps_old: Tensor
+    """[N] bool: `old_logprobs` is not the policy's and is never computed again."""
+    sequences: Tensor
+    """[N] int64: number of the response within the micro-batch."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
         return MicroBatch(**{name: getattr(self, name).to(device) for name in self.__slots__})
+
+    def silenced(self) -> MicroBatch:
+        """The same without any token that counts: gradients 0, yet the same work."""
+        return replace(self, mask=torch.zeros_like(self.mask))
 
 
 def plan_micro_batches(
@@ -64,6 +74,11 @@ def plan_micro_batches(
 
     A micro-batch holds at most `max_tokens` tokens, its padding included, or one row.
     """
+    return cut_micro_batches(plan_rows_of(groups, max_tokens=max_tokens), max_tokens=max_tokens)
+
+
+def plan_rows_of(groups: Sequence[Sequence[TrainingTrajectory]], *, max_tokens: int) -> list[Row]:
+    """Rows of about equal length that hold every trajectory once, shortest row first."""
     longest = max((_block_length((item,)) for group in groups for item in group), default=0)
     capacity = max(longest, min(MIN_ROW_TOKENS, max_tokens))
     blocks = [block for group in groups for block in _blocks(group, capacity)]
@@ -72,11 +87,15 @@ def plan_micro_batches(
     order = sorted(range(len(blocks)), key=lambda index: -lengths[index])
     planned = plan_rows([lengths[index] for index in order], capacity) if order else []
     rows = [tuple(blocks[order[index]] for index in row) for row in planned]
-    rows.sort(key=_row_length)
+    return sorted(rows, key=row_length)
+
+
+def cut_micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
+    """Rows, shortest first, in micro-batches of at most `max_tokens` padded tokens, or one row."""
     micro_batches: list[list[Row]] = []
     for row in rows:
         # Rows come by length, so this one sets the length of the micro-batch it joins.
-        if micro_batches and (len(micro_batches[-1]) + 1) * _row_length(row) <= max_tokens:
+        if micro_batches and (len(micro_batches[-1]) + 1) * row_length(row) <= max_tokens:
             micro_batches[-1].append(row)
         else:
             micro_batches.append([row])
@@ -85,11 +104,15 @@ def plan_micro_batches(
 
 def build_micro_batch(rows: Sequence[Row]) -> MicroBatch:
     """Lay rows out as tensors, padded at the end to the longest."""
-    length = max(_row_length(row) for row in rows)
+    length = max(row_length(row) for row in rows)
     laid_out = [_lay_out(row, length) for row in rows]
     trajectories = [item for row in rows for block in row for item in block]
     predicts = [index * length + item.predicts for index, item in enumerate(laid_out)]
     token_counts = torch.tensor([len(item.token_ids) for item in trajectories])
+
+    def per_token(values: list[float] | list[bool], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(token_counts)
+
     return MicroBatch(
         input_ids=_stack([item.input_ids for item in laid_out]),
         position_ids=_stack([item.position_ids for item in laid_out]),
@@ -100,13 +123,12 @@ def build_micro_batch(rows: Sequence[Row]) -> MicroBatch:
         predicts=torch.from_numpy(np.concatenate(predicts)),
         targets=_concatenate([item.token_ids for item in trajectories]).long(),
         old_logprobs=_concatenate([item.old_logprobs for item in trajectories]),
-        advantages=torch.tensor(
-            [item.advantage for item in trajectories], dtype=torch.float32
-        ).repeat_interleave(token_counts),
+        advantages=per_token([item.advantage for item in trajectories], torch.float32),
         mask=_concatenate([item.mask for item in trajectories]),
-        is_mixed=torch.tensor([item.is_mixed for item in trajectories]).repeat_interleave(
-            token_counts
-        ),
+        is_mixed=per_token([item.is_mixed for item in trajectories], torch.bool),
+        is_expert=per_token([item.is_expert for item in trajectories], torch.bool),
+        keeps_old=per_token([item.keeps_old for item in trajectories], torch.bool),
+        sequences=torch.arange(len(trajectories)).repeat_interleave(token_counts),
     )
 
 
@@ -177,7 +199,8 @@ def _block_length(block: Block) -> int:
     return len(block[0].prompt_token_ids) + sum(len(item.token_ids) - 1 for item in block)
 
 
-def _row_length(row: Row) -> int:
+def row_length(row: Row) -> int:
+    """Tokens of a row."""
     return sum(_block_length(block) for block in row)
 
 

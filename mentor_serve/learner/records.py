@@ -121,6 +121,10 @@ def update_record(
             "clip_fraction_low",
             "clip_fraction_high",
             "mismatch_kl",
+            "effective_sample_share",
+            "truncated_weight_share",
+            "num_trained_tokens",
+            "num_skipped_steps",
             "learning_rate",
         )
     }

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mentor_serve.core.schedules import cosine_alpha, learning_rate_scale
-from mentor_serve.errors import LeaseLost, MentorError, WeightsError
+from mentor_serve.errors import LeaseLost, WeightsError
 from mentor_serve.learner.archive import LearnerArchive
 from mentor_serve.learner.backends.base import TrainingBackend
 from mentor_serve.learner.batch import TrainingBatch, build_batch
 from mentor_serve.learner.checkpoint import TrainingState
 from mentor_serve.learner.config import LearnerConfig
 from mentor_serve.learner.guards import LeaseKeeper
+from mentor_serve.learner.intake import GroupIntake
 from mentor_serve.learner.journal import Journal, last_line
 from mentor_serve.learner.records import LearnerStore, update_record, version_record
 from mentor_serve.learner.step import UpdateMetrics
@@ -65,7 +66,7 @@ class Trainer:
         self._owner = f"learner-{socket.gethostname()}-{os.getpid()}-{new_id()[-12:]}"
         self._snapshot: Snapshot | None = None
         self._group_failures: Counter[str] = Counter()
-        self._num_stale = 0
+        self._intake = GroupIntake(store, run_id=run_id, owner=self._owner, config=config)
         self._waiting_since = time.monotonic()
         self.state: TrainingState | None = None
         """The version in memory; None before `start`."""
@@ -120,10 +121,7 @@ class Trainer:
 
     def release(self) -> None:
         """Give back every group; where the store fails, the leases end by themselves."""
-        try:
-            self._store.release_leases(self._run_id, owner=self._owner)
-        except MentorError as error:
-            _log.warning("the leases of %s end by themselves: %s", self._owner, error)
+        self._intake.release()
 
     def _initialise(self) -> None:
         self._archive.discard_newer(-1)
@@ -152,17 +150,11 @@ class Trainer:
 
     def lease(self) -> list[LeasedGroup]:
         """The groups of the next update, or none where too few are ready."""
-        oldest = self.current.version - self._config.max_staleness
-        self._num_stale += self._store.mark_stale(self._run_id, min_policy_version=oldest)
-        return self._store.lease_groups(
-            self._run_id,
-            num_groups=self._config.prompts_per_step,
-            owner=self._owner,
-            lease_s=self._config.lease_s,
-        )
+        current = self.current
+        return self._intake.take(version=current.version, alpha=self._alpha(current.step))
 
     def train_on(self, groups: Sequence[LeasedGroup]) -> UpdateRecord | None:
-        """Update, commit, publish; None where the lease was lost on the way.
+        """Update, commit, publish; None where the lease was lost, or no gradient was finite.
 
         Raises:
             Exception: whatever went wrong before the commit, after the groups were given back.
@@ -180,20 +172,22 @@ class Trainer:
         except Exception:
             self.release()
             raise
+        if done is None:
+            self.release()
+            return None
         self._adopt(done.state, done.snapshot)
-        self._num_stale = 0
+        self._intake.num_stale = 0
         self._group_failures.clear()
-        if done.metrics.num_skipped_steps:
-            count = done.metrics.num_skipped_steps
-            message = f"step {done.state.step}: {count} gradients were not finite, not applied"
-            self._journal.add("gradient_not_finite", "warning", message)
         self.try_publish()
         self._prune()
         self._waiting_since = time.monotonic()
         return done.record
 
-    def _update(self, groups: Sequence[LeasedGroup], *, started: float) -> _Committed:
-        """Compute the update, make it durable, commit it; nothing before the commit counts."""
+    def _update(self, groups: Sequence[LeasedGroup], *, started: float) -> _Committed | None:
+        """Compute the update, make it durable, commit it; nothing before the commit counts.
+
+        None where no optimiser step could be made: then there is no update to commit.
+        """
         old = self.current
         group_ids = [group.group_id for group in groups]
         alpha = self._alpha(old.step)
@@ -202,6 +196,10 @@ class Trainer:
         except Exception as error:
             self._blame(group_ids, error)
             raise
+        if metrics.num_skipped_steps:
+            group_ids = self._give_up_skipped(batch, metrics, group_ids)
+            if metrics.num_optimizer_steps == 0:
+                return None
         gamma = batch.gamma(
             self._config.entropy_quantile, floor=self._config.gamma_floor, fallback=old.gamma
         )
@@ -219,7 +217,7 @@ class Trainer:
             metrics,
             alpha=alpha,
             state=state,
-            num_stale=self._num_stale,
+            num_stale=self._intake.num_stale,
             wait_time_s=started - self._waiting_since,
             step_time_s=time.monotonic() - started,
         )
@@ -238,8 +236,9 @@ class Trainer:
         batch = build_batch(
             groups,
             alpha=alpha,
-            reward_range=self._config.reward_range,
             policy_version=self.current.version,
+            config=self._config.advantages,
+            keep_silent=not self._config.dynamic_sampling,
         )
         scale = learning_rate_scale(
             self.current.step,
@@ -248,6 +247,23 @@ class Trainer:
         )
         update = replace(self._config.update, learning_rate_scale=scale)
         return batch, self._backend.step(batch, update)
+
+    def _give_up_skipped(
+        self, batch: TrainingBatch, metrics: UpdateMetrics, group_ids: Sequence[str]
+    ) -> list[str]:
+        """Mark groups whose gradient was not finite as failed; returns the others."""
+        mini_batches = list(batch.mini_batches(self._config.update.mini_batch_prompts))
+        skipped = metrics.skipped_mini_batches
+        doomed = [group.group_id for index in skipped for group in mini_batches[index]]
+        message = (
+            f"step {self.current.step + 1}: the gradient of {len(skipped)} of "
+            f"{len(mini_batches)} mini-batches was not finite and not applied; their "
+            f"{len(doomed)} groups are marked as failed"
+        )
+        reason = f"the gradient of step {self.current.step + 1} was not finite"
+        self._store.fail_groups(self._run_id, owner=self._owner, group_ids=doomed, error=reason)
+        self._journal.add("gradient_not_finite", "warning", message)
+        return [item for item in group_ids if item not in set(doomed)]
 
     def _blame(self, group_ids: Sequence[str], error: Exception) -> None:
         """Count a failed computation against its groups; give up those that failed too often."""
@@ -297,7 +313,7 @@ class Trainer:
         record = version_record(snapshot)
         self._store.add_version(self._run_id, record)
         self._adopt(state, snapshot)
-        self._num_stale += self._store.mark_stale(self._run_id, min_policy_version=state.version)
+        self._intake.mark_stale(state.version)
         message = f"version {state.version} has the weights of version {version}"
         self._journal.add("rolled_back", "warning", message)
         self.try_publish()

@@ -9,18 +9,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mentor_serve.errors import EngineError, VerifierError
 from mentor_serve.rollout.prompts import PromptRenderer
-from mentor_serve.store.records import NewGroup, NewTrajectory
+from mentor_serve.store.records import NewGroup, NewTrajectory, StoredDemonstration
 from mentor_serve.types import (
     GroupStatus,
     Guidance,
+    GuidanceMethod,
     Rollout,
     RolloutRequest,
     SamplingParams,
     Score,
     StopReason,
     Task,
+    TokenSource,
     TrajectoryKind,
 )
 
@@ -29,13 +33,31 @@ MIN_SCORED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """The part of a demonstration that a group's prompt shows."""
+
+    demonstration_id: str
+    num_tokens: int
+    """Tokens of the demonstration that are shown."""
+    fraction: float
+    """The share of it that was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlan:
-    """What is asked of the engine for one task."""
+    """What is asked of the engine for one task, and what of the expert's joins its answers."""
 
     task: Task
+    """The original one, whatever the prompt shows: verifiers and the store see this."""
     guidance: Guidance
     requests: list[RolloutRequest]
     """On-policy first; the mixed one is missing where alpha is 0."""
+    method: GuidanceMethod = GuidanceMethod.MENTOR
+    demonstrations: tuple[StoredDemonstration, ...] = ()
+    """Whole expert trajectories that become members of the group."""
+    expert_model: str | None = None
+    """Who wrote them."""
+    hint: Hint | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,9 +171,15 @@ def finished_group(group_id: str, plan: GroupPlan, responses: Sequence[Response]
         group_id=group_id,
         task=plan.task,
         guidance=plan.guidance,
-        trajectories=[_trajectory(response) for response in responses],
+        trajectories=[
+            *(_trajectory(response, plan.hint) for response in responses),
+            *(_copied(plan, index) for index in range(len(plan.demonstrations))),
+        ],
         status=GroupStatus.READY if error is None else GroupStatus.FAILED,
         error=error,
+        method=plan.method,
+        num_hint_tokens=None if plan.hint is None else plan.hint.num_tokens,
+        hint_fraction=None if plan.hint is None else plan.hint.fraction,
     )
 
 
@@ -164,6 +192,32 @@ def failed_group(group_id: str, plan: GroupPlan, error: BaseException) -> NewGro
         trajectories=[],
         status=GroupStatus.FAILED,
         error=f"{type(error).__name__}: {error}"[:2000],
+        method=plan.method,
+    )
+
+
+def expert_rollout(
+    demonstration: StoredDemonstration, *, policy_version: int, latency_s: float = 0.0
+) -> Rollout:
+    """A demonstration in the form of a rollout, [T] arrays.
+
+    Every token follows pi*: w = 1, the mixture equals the expert. What the policy would say was
+    never computed, so its log-probabilities and entropies are NaN. `policy_version` is the version
+    that was live: nothing of a demonstration depends on it, so that reuse makes no group stale.
+    """
+    num_tokens = len(demonstration.token_ids)
+    return Rollout(
+        token_ids=demonstration.token_ids,
+        policy_logprobs=np.full(num_tokens, np.nan, np.float32),
+        mixed_logprobs=demonstration.expert_logprobs,
+        expert_logprobs=demonstration.expert_logprobs,
+        entropies=np.full(num_tokens, np.nan, np.float32),
+        weights=np.ones(num_tokens, np.float32),
+        sources=np.full(num_tokens, TokenSource.EXPERT, np.uint8),
+        policy_versions=np.full(num_tokens, policy_version, np.int32),
+        stop_reason=demonstration.stop_reason,
+        text=demonstration.text,
+        latency_s=latency_s,
     )
 
 
@@ -173,7 +227,21 @@ def _initial_outcome(rollout: Rollout) -> VerifierError | EngineError:
     return VerifierError("not scored")
 
 
-def _trajectory(response: Response) -> NewTrajectory:
+def _copied(plan: GroupPlan, index: int) -> NewTrajectory:
+    """A demonstration as a member of the group, under the prompt that all its members share."""
+    demonstration = plan.demonstrations[index]
+    return NewTrajectory(
+        rollout=expert_rollout(demonstration, policy_version=plan.guidance.policy_version),
+        kind=TrajectoryKind.EXPERT,
+        sample_index=index,
+        score=demonstration.score,
+        prompt_token_ids=plan.requests[0].prompt_token_ids,
+        demonstration_id=demonstration.demonstration_id,
+        expert_model=plan.expert_model,
+    )
+
+
+def _trajectory(response: Response, hint: Hint | None) -> NewTrajectory:
     outcome = response.outcome
     is_scored = isinstance(outcome, Score)
     return NewTrajectory(
@@ -186,4 +254,5 @@ def _trajectory(response: Response) -> NewTrajectory:
         seed=response.request.seed,
         error=None if is_scored else str(outcome),
         token_texts=response.token_texts,
+        demonstration_id=None if hint is None else hint.demonstration_id,
     )

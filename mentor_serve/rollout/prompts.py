@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mentor_serve.errors import ConfigError
 from mentor_serve.models.prompts import opens_thinking, render_messages
 from mentor_serve.types import Rollout, Task
 
@@ -25,30 +26,53 @@ class PromptRenderer:
         self.response_prefix = opens_thinking(tokenizer)
         """What the generation prompt already opened (`<think>`); belongs to the response."""
 
-    def messages(self, task: Task) -> list[dict[str, Any]]:
+    def messages(self, task: Task, *, hint: str = "") -> list[dict[str, Any]]:
         """Return the conversation of a task: its own messages, or its prompt as a user's turn.
 
-        The system prompt goes first, unless the task's messages bring one.
+        The system prompt goes first, unless the task's messages bring one. `hint` is appended to
+        the last message of the user, one blank line between.
+
+        Raises:
+            ConfigError: a hint, and no text of a user to append it to.
         """
         own = task.metadata.get("messages") or [{"role": "user", "content": task.prompt}]
+        if hint:
+            own = _with_hint(own, hint)
         if not self._system_prompt or any(message["role"] == "system" for message in own):
             return list(own)
         return [{"role": "system", "content": self._system_prompt}, *own]
 
-    def render(self, task: Task) -> list[int]:
+    def render(self, task: Task, *, hint: str = "") -> list[int]:
         """Return the prompt's token ids, up to where the response begins.
 
         Raises:
-            ConfigError: the chat template refuses the task's messages.
+            ConfigError: the chat template refuses the task's messages, or see `messages`.
         """
-        return render_messages(self._tokenizer, self.messages(task))
+        return render_messages(self._tokenizer, self.messages(task, hint=hint))
 
     def decode(self, rollout: Rollout) -> str:
         """Return a response as text, special tokens left out."""
         if rollout.text is not None:
             return rollout.text
-        return str(self._tokenizer.decode(rollout.token_ids.tolist(), skip_special_tokens=True))
+        return self.text_of(rollout.token_ids.tolist())
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return tokens as text, special ones left out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def token_texts(self, token_ids: Sequence[int]) -> dict[int, str]:
         """Return the text of each token id on its own, for records of interventions."""
         return {token_id: str(self._tokenizer.decode([token_id])) for token_id in set(token_ids)}
+
+
+def _with_hint(messages: Sequence[dict[str, Any]], hint: str) -> list[dict[str, Any]]:
+    changed = list(messages)
+    for index in reversed(range(len(changed))):
+        message = changed[index]
+        if message["role"] == "user" and isinstance(message["content"], str):
+            changed[index] = {**message, "content": f"{message['content']}\n\n{hint}"}
+            return changed
+    raise ConfigError(
+        "expected a user's message of plain text to append a hint to, got the roles "
+        f"{[message['role'] for message in messages]}; use another guidance.method for such tasks"
+    )

@@ -25,6 +25,10 @@ class NotFoundError(MentorError, LookupError):
     """The request names a trajectory or other object that does not exist (HTTP 404)."""
 
 
+class ConflictError(MentorError, RuntimeError):
+    """The state of the service does not allow what was asked (HTTP 409)."""
+
+
 class OverloadedError(MentorError, RuntimeError):
     """No room for another request now (HTTP 503 with `retry-after`)."""
 
@@ -70,7 +74,8 @@ class Backend(Protocol):
     """The service behind the routes; every method is called from one event loop.
 
     Errors: `InvalidRequest` 400, `UnknownModelError` and `NotFoundError` 404, `StalePolicyError`
-    409, `OverloadedError` and `ExpertUnavailable` 503, `TimeoutError` 504, anything else 500.
+    and `ConflictError` 409, `OverloadedError` and `ExpertUnavailable` 503, `TimeoutError` 504,
+    anything else 500.
     Dictionaries hold what JSON can carry; NaN becomes null.
     """
 
@@ -119,3 +124,11 @@ class Backend(Protocol):
 
     async def weights(self) -> Sequence[Mapping[str, Any]]:
         """The kept weight snapshots, newest first."""
+
+    async def roll_back(self, version: int) -> Mapping[str, Any]:
+        """Make the weights of a kept version the newest version; the new version's row.
+
+        Raises:
+            NotFoundError: no such version.
+            ConflictError: its snapshot cannot be used, or nothing is trained.
+        """

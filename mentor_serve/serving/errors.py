@@ -26,7 +26,12 @@ from mentor_serve.errors import (
     MentorError,
     StalePolicyError,
 )
-from mentor_serve.serving.backend import NotFoundError, OverloadedError, UnknownModelError
+from mentor_serve.serving.backend import (
+    ConflictError,
+    NotFoundError,
+    OverloadedError,
+    UnknownModelError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +113,8 @@ def _from_mentor_error(error: MentorError) -> ApiError | None:
         case StalePolicyError():
             failure.status, failure.code = 409, "stale_policy"
             failure.headers["x-should-retry"] = "false"
+        case ConflictError():
+            failure.status, failure.code = 409, "conflict"
         case OverloadedError(retry_after_s=retry_after_s):
             return unavailable(str(error), code="overloaded", retry_after_s=retry_after_s)
         case ExpertUnavailable():

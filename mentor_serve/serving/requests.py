@@ -179,3 +179,12 @@ class DetokenizeRequest(BaseModel):
 
     model: str | None = None
     tokens: list[TokenId]
+
+
+class RollbackRequest(BaseModel):
+    """Body of `POST /v1/weights/rollback`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Annotated[int, Field(ge=0, lt=2**31)]
+    """A version whose snapshot is kept."""

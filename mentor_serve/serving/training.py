@@ -1,6 +1,6 @@
 """Training state, its pause button, trajectories and weight snapshots.
 
-Reading needs an API key, pausing an admin key.
+Reading needs an API key, pausing and rolling back an admin key.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Query
 from mentor_serve.serving.auth import KeyRing
 from mentor_serve.serving.backend import Backend, NotFoundError
 from mentor_serve.serving.jobs import Context
+from mentor_serve.serving.requests import RollbackRequest
 from mentor_serve.serving.wire import ObjectList, jsonable
 from mentor_serve.types import TrajectoryKind
 
@@ -63,5 +64,10 @@ def training_router(context: Context, *, keys: KeyRing) -> APIRouter:
     @router.get("/v1/weights")
     async def list_weights() -> ObjectList:
         return ObjectList(data=[dict(jsonable(row)) for row in await backend.weights()])
+
+    @router.post("/v1/weights/rollback", dependencies=admin)
+    async def roll_back_weights(body: RollbackRequest) -> dict[str, Any]:
+        """Make the weights of a kept version the newest version; returns the new version."""
+        return dict(jsonable(await backend.roll_back(body.version)))
 
     return router

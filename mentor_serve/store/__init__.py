@@ -4,13 +4,18 @@
 `stats` holds the aggregates of the dashboard. No other package writes SQL.
 """
 
+from mentor_serve.store.evaluations import EvaluationRecord, MeasureRecord
 from mentor_serve.store.health import database_check
+from mentor_serve.store.history import RunHistory
 from mentor_serve.store.records import (
+    DemonstrationAttempt,
     EventRecord,
     LeasedGroup,
     LeasedTrajectory,
+    NewDemonstration,
     NewGroup,
     NewTrajectory,
+    StoredDemonstration,
     StoredTask,
     TrainingStatus,
     TrajectoryRecord,
@@ -23,12 +28,18 @@ from mentor_serve.store.schema import check as schema_state
 from mentor_serve.store.store import TrajectoryStore
 
 __all__ = [
+    "DemonstrationAttempt",
+    "EvaluationRecord",
     "EventRecord",
     "LeasedGroup",
     "LeasedTrajectory",
+    "MeasureRecord",
+    "NewDemonstration",
     "NewGroup",
     "NewTrajectory",
+    "RunHistory",
     "SchemaState",
+    "StoredDemonstration",
     "StoredTask",
     "TrainingStatus",
     "TrajectoryRecord",

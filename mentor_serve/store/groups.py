@@ -68,15 +68,25 @@ def add_group(connection: Connection, run_id: str, group: NewGroup, *, now: date
         "run_id": run_id,
         "task_id": task_id,
         "policy_version": guidance.policy_version,
+        # No version of the policy wrote an expert's trajectory: it makes no group older.
         "min_policy_version": min(
-            [row["min_policy_version"] for row in usable], default=guidance.policy_version
+            [
+                row["min_policy_version"]
+                for row in usable
+                if row["kind"] != TrajectoryKind.EXPERT.value
+            ],
+            default=guidance.policy_version,
         ),
         "step": guidance.step,
         "gamma": guidance.gamma,
         "alpha": guidance.alpha,
+        "method": group.method.value,
         "status": str(group.status),
         "num_on_policy": kinds.count(TrajectoryKind.ON_POLICY.value),
         "num_mixed": kinds.count(TrajectoryKind.MIXED.value),
+        "num_expert": kinds.count(TrajectoryKind.EXPERT.value),
+        "num_hint_tokens": group.num_hint_tokens,
+        "hint_fraction": group.hint_fraction,
         "error": group.error,
         "created_at": now,
     }
@@ -176,6 +186,8 @@ def trajectory_row(
         "format_score": None if score is None else finite(score.format_score),
         "num_prompt_tokens": len(item.prompt_token_ids),
         "seed": item.seed,
+        "demonstration_id": item.demonstration_id,
+        "expert_model": item.expert_model,
         "created_at": now,
     }
     return row | _measurements(item, version=version)
@@ -198,11 +210,13 @@ def _measurements(item: NewTrajectory, *, version: int) -> dict[str, Any]:
             "expert_lost": False,
         }
     versions = rollout.policy_versions
+    # Whole expert trajectories have no gate, and the policy proposed nothing that was replaced.
+    is_expert = item.kind is TrajectoryKind.EXPERT
     return {
         "text": rollout.text if item.text is None else item.text,
         "num_tokens": rollout.num_tokens,
-        "num_gated": rollout.num_gated,
-        "num_interventions": rollout.num_interventions,
+        "num_gated": 0 if is_expert else rollout.num_gated,
+        "num_interventions": 0 if is_expert else rollout.num_interventions,
         "mean_entropy": _mean(rollout.entropies),
         "mean_weight": _mean(rollout.weights),
         "min_policy_version": int(versions.min()) if len(versions) else version,

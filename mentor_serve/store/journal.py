@@ -1,4 +1,4 @@
-"""Runs, tasks, events and evaluations in SQL: functions over an open transaction."""
+"""Runs, tasks and events in SQL: functions over an open transaction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy import Connection, insert, inspect, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mentor_serve.errors import StoreError
-from mentor_serve.store.models import Base, Evaluation, Event, RolloutGroup, Run, TaskRow
+from mentor_serve.store.models import Base, Event, RolloutGroup, Run, TaskRow
 from mentor_serve.store.records import EventRecord, StoredTask, new_id
 from mentor_serve.types import Task
 
@@ -179,8 +179,3 @@ def recent_events(
         )
         for row in connection.execute(query).mappings()
     ]
-
-
-def add_evaluation(connection: Connection, row: Mapping[str, Any], *, now: datetime) -> None:
-    """Insert one number of an evaluation."""
-    connection.execute(insert(Evaluation).values(id=new_id(), created_at=now, **row))

@@ -25,6 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from mentor_serve.store.columns import JsonText, PlainText, UtcTimestamp
+from mentor_serve.types import GuidanceMethod
 
 NAMING_CONVENTION = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -106,6 +107,8 @@ class TaskRow(Base):
     __table_args__ = (
         UniqueConstraint("run_id", "content_key"),
         Index(None, "run_id", "source", "id"),
+        # The expert's solutions of a problem are found again in other runs.
+        Index(None, "content_key"),
     )
 
     id: Mapped[str] = _id(primary_key=True)
@@ -145,9 +148,16 @@ class RolloutGroup(Base):
     step: Mapped[int]
     gamma: Mapped[float]
     alpha: Mapped[float]
+    method: Mapped[str] = _word(server_default=GuidanceMethod.MENTOR.value)
+    """How the expert takes part: `mentor`, `on_policy`, `luffy` or `questa`."""
     status: Mapped[str] = _word()
     num_on_policy: Mapped[int]
     num_mixed: Mapped[int]
+    num_expert: Mapped[int] = mapped_column(server_default="0")
+    """Whole expert trajectories among the group's."""
+    num_hint_tokens: Mapped[int | None]
+    """Tokens of an expert trajectory that the prompt shows; NULL where it shows none."""
+    hint_fraction: Mapped[float | None]
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None]
     consumed_by_step: Mapped[int | None]
@@ -156,7 +166,11 @@ class RolloutGroup(Base):
 
 
 class Trajectory(Base):
-    """One response. `served` ones answer an HTTP request and have no group and no task."""
+    """One response. `served` ones answer an HTTP request and have no group and no task.
+
+    `expert` ones without a group are demonstrations: the expert's attempts at a task, kept for
+    reuse. Those in a group are copies of one.
+    """
 
     __tablename__ = "trajectories"
     __table_args__ = (
@@ -166,6 +180,13 @@ class Trajectory(Base):
         Index(None, "run_id", "kind", "status", "min_policy_version"),
         Index(None, "run_id", "id"),
         Index(None, "task_id"),
+        # Partial: most runs have none.
+        Index(
+            None,
+            "demonstration_id",
+            sqlite_where=text("demonstration_id IS NOT NULL"),
+            postgresql_where=text("demonstration_id IS NOT NULL"),
+        ),
     )
 
     id: Mapped[str] = _id(primary_key=True)
@@ -192,6 +213,11 @@ class Trajectory(Base):
     latency_s: Mapped[float | None]
     seed: Mapped[int | None] = mapped_column(BigInteger)
     expert_lost: Mapped[bool]
+    demonstration_id: Mapped[str | None] = _id()
+    """The demonstration that this response copies, or that its prompt quotes. Not a foreign key: it
+    may be of another run, which may be deleted."""
+    expert_model: Mapped[str | None]
+    """Name of the model that wrote it; NULL where the policy (or the mixture) did."""
     created_at: Mapped[datetime]
 
 
@@ -255,6 +281,10 @@ class Update(Base):
     clip_fraction_low: Mapped[float | None]
     clip_fraction_high: Mapped[float | None]
     mismatch_kl: Mapped[float | None]
+    effective_sample_share: Mapped[float | None]
+    truncated_weight_share: Mapped[float | None]
+    num_trained_tokens: Mapped[int | None]
+    num_skipped_steps: Mapped[int | None]
     learning_rate: Mapped[float | None]
     mean_reward_on_policy: Mapped[float | None]
     mean_reward_mixed: Mapped[float | None]
@@ -270,6 +300,9 @@ class Update(Base):
     gamma: Mapped[float]
     staleness_mean: Mapped[float | None]
     staleness_max: Mapped[int | None]
+    token_staleness_mean: Mapped[float | None]
+    num_silent_groups: Mapped[int | None]
+    num_left_out: Mapped[int | None]
     num_stale: Mapped[int]
     step_time_s: Mapped[float | None]
     wait_time_s: Mapped[float | None]
@@ -277,19 +310,31 @@ class Update(Base):
 
 
 class Evaluation(Base):
-    """One number of one evaluation suite."""
+    """One number of one evaluation; the rows of an evaluation share `evaluation_id`."""
 
     __tablename__ = "evaluations"
-    __table_args__ = (Index(None, "run_id", "suite", "metric", "policy_version"),)
+    __table_args__ = (
+        Index(None, "run_id", "suite", "metric", "policy_version"),
+        Index(None, "evaluation_id"),
+    )
 
     id: Mapped[str] = _id(primary_key=True)
+    evaluation_id: Mapped[str | None] = _id()
     run_id: Mapped[str] = _run_id()
-    policy_version: Mapped[int]
+    policy_version: Mapped[int | None]
+    """NULL where the weights are no version of the run; `model` then says what they are."""
+    model: Mapped[str] = mapped_column(server_default="policy")
     suite: Mapped[str] = mapped_column(String(200))
     metric: Mapped[str] = mapped_column(String(64))
     k: Mapped[int | None]
     value: Mapped[float | None]
+    value_low: Mapped[float | None]
+    """Ends of the 95 % interval."""
+    value_high: Mapped[float | None]
     num_problems: Mapped[int]
+    num_samples: Mapped[int | None]
+    temperature: Mapped[float | None]
+    seed: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
 
 

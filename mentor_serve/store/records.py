@@ -17,6 +17,7 @@ from mentor_serve.types import (
     ByteArray,
     FloatArray,
     Guidance,
+    GuidanceMethod,
     IntArray,
     Rollout,
     Score,
@@ -55,6 +56,10 @@ class NewTrajectory:
     """Why this trajectory cannot be trained on; its status is then `failed`."""
     token_texts: Mapping[int, str] = field(default_factory=dict)
     """Text of the token ids in the rollout's interventions, as far as known."""
+    demonstration_id: str | None = None
+    """The demonstration that this response copies, or that its prompt quotes."""
+    expert_model: str | None = None
+    """Name of the model that wrote a trajectory of kind `expert`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,46 @@ class NewGroup:
     status: str = "ready"
     """`ready`, or `failed` where the group cannot be trained on."""
     error: str | None = None
+    method: GuidanceMethod = GuidanceMethod.MENTOR
+    num_hint_tokens: int | None = None
+    """Tokens of a demonstration that the prompt shows, ..."""
+    hint_fraction: float | None = None
+    """... and the share of it that was asked for; None without a hint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewDemonstration:
+    """One attempt of the expert at a task, whatever became of it."""
+
+    demonstration_id: str
+    """From `new_id()`, made once by the caller: storing it again changes nothing."""
+    trajectory: NewTrajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemonstrationAttempt:
+    """A stored attempt of the expert at a task, without its tokens."""
+
+    demonstration_id: str
+    accuracy: float | None
+    """None where it could not be scored."""
+    stop_reason: StopReason
+    num_tokens: int
+    num_uses: int
+    """Groups of the asking run that copy or quote it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredDemonstration:
+    """A scored attempt with its tokens ([T]); the policy's view of them is not known."""
+
+    demonstration_id: str
+    score: Score
+    text: str
+    token_ids: IntArray
+    expert_logprobs: FloatArray
+    """log pi* of each token, nats, at the temperature that it was sampled at."""
+    stop_reason: StopReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +153,7 @@ class LeasedGroup:
     alpha: float
     prompt_token_ids: IntArray
     trajectories: list[LeasedTrajectory]
-    """On-policy ones first, then mixed, by sample index; failed ones are left out."""
+    """On-policy ones first, then mixed, then expert, by sample index; no failed ones."""
 
     def of_kind(self, kind: TrajectoryKind) -> list[LeasedTrajectory]:
         """The trajectories of one kind."""
@@ -139,6 +184,14 @@ class UpdateRecord:
     mismatch_kl: float | None = None
     """Mean of `r - 1 - log r` over on-policy tokens, r the learner's probability at the start of
     the update over the recorded one: 0 where engine and learner agree."""
+    effective_sample_share: float | None = None
+    """Kish's effective sample size of those ratios over their number: 1 for fresh rollouts."""
+    truncated_weight_share: float | None = None
+    """Share of trained tokens whose importance weight was above its cap."""
+    num_trained_tokens: int | None = None
+    """Tokens with an advantage: those that went through the model."""
+    num_skipped_steps: int | None = None
+    """Optimiser steps left out because the gradient was not finite."""
     learning_rate: float | None = None
     mean_reward_on_policy: float | None = None
     mean_reward_mixed: float | None = None
@@ -158,6 +211,12 @@ class UpdateRecord:
     staleness_mean: float | None = None
     staleness_max: int | None = None
     """Versions between a group's oldest token and the weights that the update started from."""
+    token_staleness_mean: float | None = None
+    """The same for each token."""
+    num_silent_groups: int | None = None
+    """Groups without any advantage: with dynamic sampling they are consumed without counting."""
+    num_left_out: int | None = None
+    """Truncated trajectories that did not count."""
     num_stale: int = 0
     """Groups dropped as too old since the update before."""
     step_time_s: float | None = None

@@ -48,6 +48,8 @@ MAX_POINTS = 500
 """Points of a curve: more than a chart has pixels for."""
 PREVIEW_CHARACTERS = 200
 """Of prompts and responses in lists."""
+EVALUATION_METRICS = ("avg_at_k", "greedy_pass_at_k", "pass_at_k")
+"""What a chart of evaluations shows."""
 RECENT_TRAJECTORIES = 5_000
 """Newest trajectories with interventions that the most frequent replacements are counted over."""
 
@@ -363,11 +365,19 @@ class StatsReader:
         return self._rows(query)
 
     def evaluations(self, run_id: str, *, limit: int = MAX_POINTS) -> list[Row]:
-        """The newest evaluation results, oldest first: suite, metric, k, policy_version, value."""
+        """The newest evaluation results, oldest first: suite, metric, k, policy_version, value.
+
+        How often problems are solved, of versions of the policy; lengths, entropies and words are
+        for queries of their own.
+        """
         e = Evaluation
         query = (
             select(e.policy_version, e.suite, e.metric, e.k, e.value, e.num_problems, e.created_at)
-            .where(e.run_id == run_id)
+            .where(
+                e.run_id == run_id,
+                e.policy_version.is_not(None),
+                e.metric.in_(EVALUATION_METRICS),
+            )
             .order_by(e.id.desc())
             .limit(limit)
         )

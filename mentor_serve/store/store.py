@@ -20,14 +20,26 @@ from typing import Any, Self
 from sqlalchemy import Connection
 
 from mentor_serve.errors import StoreError
-from mentor_serve.store import groups, journal, leases, reads, training
+from mentor_serve.store import (
+    demonstrations,
+    evaluations,
+    groups,
+    journal,
+    leases,
+    reads,
+    training,
+)
 from mentor_serve.store.connection import open_engine, reading, shown, writing
+from mentor_serve.store.evaluations import EvaluationRecord
 from mentor_serve.store.models import PolicyVersion, Trajectory
 from mentor_serve.store.records import (
+    DemonstrationAttempt,
     EventRecord,
     LeasedGroup,
+    NewDemonstration,
     NewGroup,
     NewTrajectory,
+    StoredDemonstration,
     StoredTask,
     TrainingStatus,
     TrajectoryRecord,
@@ -160,29 +172,26 @@ class TrajectoryStore:
         with self._read("reading events") as connection:
             return journal.recent_events(connection, run_id, severity=severity, limit=limit)
 
-    def add_evaluation(
-        self,
-        run_id: str,
-        *,
-        policy_version: int,
-        suite: str,
-        metric: str,
-        value: float,
-        num_problems: int,
-        k: int | None = None,
-    ) -> None:
-        """Record one number of an evaluation, for instance `pass_at_k` with k = 8."""
-        row = {
-            "run_id": run_id,
-            "policy_version": policy_version,
-            "suite": suite,
-            "metric": metric,
-            "value": groups.finite(value),
-            "num_problems": num_problems,
-            "k": k,
-        }
+    def add_evaluation(self, run_id: str, record: EvaluationRecord) -> str:
+        """Record every number of an evaluation, all or none; returns its id.
+
+        Raises:
+            StoreError: nothing was measured, or a number occurs twice.
+        """
         with self._write("adding an evaluation") as connection:
-            journal.add_evaluation(connection, row, now=self._clock())
+            return evaluations.add(connection, run_id, record, now=self._clock())
+
+    def latest_evaluation(
+        self, run_id: str, *, suite: str | None = None
+    ) -> EvaluationRecord | None:
+        """The newest evaluation of a version of the run's policy, of one suite or of any."""
+        with self._read("reading the newest evaluation") as connection:
+            return evaluations.latest(connection, run_id, suite=suite)
+
+    def newest_evaluated_version(self, run_id: str, *, suite: str) -> int | None:
+        """The highest policy version that has an evaluation of the suite."""
+        with self._read("reading evaluated versions") as connection:
+            return evaluations.newest_version(connection, run_id, suite=suite)
 
     # Groups
 
@@ -246,6 +255,42 @@ class TrajectoryStore:
         """Number of groups by status, every status present."""
         with self._read("counting groups") as connection:
             return leases.count(connection, run_id)
+
+    # Demonstrations
+
+    def add_demonstrations(self, run_id: str, task: Task, items: Sequence[NewDemonstration]) -> int:
+        """Store attempts of the expert at a task; returns how many were new.
+
+        Raises:
+            StoreError: one that is not the expert's, or arrays that do not fit together.
+        """
+        with self._write("storing demonstrations") as connection:
+            return demonstrations.add(connection, run_id, task, items, now=self._clock())
+
+    def demonstration_attempts(
+        self, run_id: str, task: Task, *, expert_model: str, prompt_token_ids: Sequence[int]
+    ) -> list[DemonstrationAttempt]:
+        """Attempts of this expert at this very prompt in any run, oldest first.
+
+        `num_uses` counts groups of `run_id` alone.
+        """
+        with self._read("reading demonstrations") as connection:
+            return demonstrations.attempts(
+                connection,
+                run_id,
+                task,
+                expert_model=expert_model,
+                prompt_token_ids=prompt_token_ids,
+            )
+
+    def demonstrations(self, ids: Sequence[str]) -> list[StoredDemonstration]:
+        """Scored demonstrations with their tokens, in the order of `ids`.
+
+        Raises:
+            StoreError: one of them is not in the store.
+        """
+        with self._read("reading demonstrations") as connection:
+            return demonstrations.read(connection, ids)
 
     # Updates and versions
 

@@ -135,7 +135,47 @@ VIEWS_0001: Mapping[str, str] = MappingProxyType(
 )
 """Name to text, as the first migration created them."""
 
-VIEWS: Mapping[str, str] = VIEWS_0001
+_TRAINING_CURVE_0002 = _TRAINING_CURVE_0001.replace(
+    "    u.learning_rate,\n",
+    """\
+    u.effective_sample_share,
+    u.truncated_weight_share,
+    u.num_trained_tokens,
+    u.num_skipped_steps,
+    u.token_staleness_mean,
+    u.num_silent_groups,
+    u.num_left_out,
+    u.learning_rate,
+""",
+)
+
+VIEWS_0002: Mapping[str, str] = MappingProxyType(
+    {**VIEWS_0001, "v_training_curve": _TRAINING_CURVE_0002}
+)
+"""With the columns of `updates` that revision 0002 added."""
+
+_GUIDANCE_METHODS_0003 = """
+SELECT
+    g.run_id,
+    g.method,
+    COUNT(*) AS num_groups,
+    CAST(COUNT(*) AS DOUBLE PRECISION)
+        / CAST(SUM(COUNT(*)) OVER (PARTITION BY g.run_id) AS DOUBLE PRECISION) AS group_share,
+    CAST(SUM(CASE WHEN g.num_mixed > 0 THEN 1 ELSE 0 END) AS BIGINT) AS num_with_mixed,
+    CAST(SUM(CASE WHEN g.num_expert > 0 THEN 1 ELSE 0 END) AS BIGINT) AS num_with_expert,
+    CAST(SUM(CASE WHEN g.num_hint_tokens > 0 THEN 1 ELSE 0 END) AS BIGINT) AS num_with_hint,
+    CAST(AVG(g.num_hint_tokens) AS DOUBLE PRECISION) AS mean_hint_tokens
+FROM rollout_groups g
+WHERE g.status <> 'failed'
+GROUP BY g.run_id, g.method
+"""
+
+VIEWS_0003: Mapping[str, str] = MappingProxyType(
+    {**VIEWS_0002, "v_guidance_methods": _GUIDANCE_METHODS_0003}
+)
+"""With the methods that revision 0003 added to `rollout_groups`."""
+
+VIEWS: Mapping[str, str] = VIEWS_0003
 """Name to text at the newest revision."""
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.calibration import calibrate
 from benchmarks.machine import Machine
-from benchmarks.mixed_rollouts import SAMPLERS, Plan, measure_pair, workloads
+from benchmarks.mixed_rollouts import MIN_ROLLOUTS, SAMPLERS, Plan, measure_pair, workloads
 from benchmarks.pairs import Pair, PairOptions, PairUnavailable, build_pair, perturbed
 from benchmarks.random_models import EXPERT_120M, POLICY_15M, Character, Shape, random_pair
 
@@ -66,8 +66,8 @@ def test_a_round_of_single_rollouts_takes_several_prompts(report, tiny_llama):
     )
     plan = Plan(machine=MACHINE, batches=(1,), samplers=(), new_tokens=NEW_TOKENS, rounds=1)
     parts = workloads(pair, calibration, plan, batch=1, seed=3)
-    assert [part.prompts for part in parts] == [(prompt,) for prompt in PROMPTS[:4]]
-    assert len({part.seed for part in parts}) == 4
+    assert [part.prompts for part in parts] == [(prompt,) for prompt in PROMPTS[:MIN_ROLLOUTS]]
+    assert len({part.seed for part in parts}) == MIN_ROLLOUTS
 
 
 def test_a_pair_agrees_where_its_layers_add_nothing_and_less_where_they_add_more():

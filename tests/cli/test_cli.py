@@ -6,43 +6,13 @@ import json
 import shutil
 import socket
 import sqlite3
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cli_outcome import Outcome
 
-from mentor_serve import cli
 from mentor_serve.models.reference import reference_path
-
-
-@dataclass
-class Outcome:
-    exit_code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "home"
-    monkeypatch.setenv("MENTOR_SERVE_HOME", str(path))
-    return path
-
-
-@pytest.fixture
-def run(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["mentor-serve", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 def up(run: Callable[..., Outcome], *settings: str) -> Outcome:
@@ -174,13 +144,3 @@ def test_doctor_reports_each_check(run: Callable[..., Outcome]) -> None:
     assert checks["models"]["status"] == "fail"
     assert checks["torch"]["status"] == "ok"
     assert checks["tasks"]["status"] == "ok"
-
-
-def test_evaluation_of_a_directory(run: Callable[..., Outcome]) -> None:
-    outcome = run(
-        *("eval", str(reference_path("expert")), "--json"),
-        *("--num-problems", "8", "--num-samples", "2"),
-    )
-    assert outcome.exit_code == 0, outcome.err
-    report = json.loads(outcome.out)
-    assert report["num_problems"] == 8

@@ -9,7 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mentor_serve.core.advantages import mixed_advantages, on_policy_advantages
+from mentor_serve.core.advantages import (
+    centred_advantages,
+    leave_one_out_advantages,
+    mixed_advantages,
+    on_policy_advantages,
+)
 from mentor_serve.core.schedules import cosine_alpha
 
 REWARDS = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8)
@@ -91,3 +96,21 @@ def test_alpha_never_rises(step, total_steps):
 def test_impossible_schedules_are_refused(step, total_steps):
     with pytest.raises(ValueError, match="expected"):
         cosine_alpha(step, total_steps)
+
+
+def test_leave_one_out_by_hand():
+    # 1 - mean(0, 0) and 0 - mean(1, 0).
+    found = leave_one_out_advantages(torch.tensor([1.0, 0.0, 0.0]))
+    assert found.tolist() == pytest.approx([1.0, -0.5, -0.5])
+    assert leave_one_out_advantages(torch.tensor([3.0])).tolist() == [0.0]
+
+
+def test_centred_by_hand():
+    found = centred_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    assert found.tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("estimate", [leave_one_out_advantages, centred_advantages])
+def test_other_estimators_refuse_what_is_no_reward(estimate):
+    with pytest.raises(ValueError, match="rewards_G"):
+        estimate(torch.tensor([1.0, math.nan]))

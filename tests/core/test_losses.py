@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mentor_serve.core.losses import clipped_surrogate_loss
+from mentor_serve.core.losses import clipped_surrogate_loss, shaped_surrogate_loss
 
 
 def loss_of(ratios, advantages, mask=None, **options):
@@ -124,3 +124,39 @@ def test_shapes_that_disagree_are_refused():
         clipped_surrogate_loss(
             *(torch.zeros(1, 1),) * 2, torch.ones(1), torch.ones(1, 1), 1.0, 0.28
         )
+
+
+def test_token_weights_scale_the_surrogate_and_leave_the_count():
+    # -(2 * 1.28 + 0.5 * 1.0) / 2: the clipped token weighs 2, the other one half.
+    loss, metrics = loss_of([[1.5, 1.0]], [1.0], token_weights_BT=torch.tensor([[2.0, 0.5]]))
+    assert loss.item() == pytest.approx(-(2 * 1.28 + 0.5) / 2)
+    assert metrics["num_tokens"].item() == 2
+
+
+def shaped(probs, advantages, mask=None, **options):
+    logprobs_BT = torch.tensor(probs, dtype=torch.float64).log().requires_grad_()
+    counted = torch.ones_like(logprobs_BT) if mask is None else torch.tensor(mask)
+    loss, _ = shaped_surrogate_loss(
+        logprobs_BT, torch.tensor(advantages, dtype=torch.float64), counted, **options
+    )
+    loss.backward()
+    return loss.item(), logprobs_BT.grad
+
+
+def test_shaped_loss_by_hand():
+    # f(0.1) = 0.1 / 0.2 = 0.5 and f(0.9) = 0.9 / 1.0 = 0.9; d f / d log p = 0.1 p / (p + 0.1)^2:
+    # 0.01 / 0.04 = 0.25 and 0.09 / 1.0 = 0.09.
+    loss, gradient = shaped([[0.1, 0.9]], [1.0])
+    assert loss == pytest.approx(-(0.5 + 0.9) / 2)
+    assert gradient.flatten().tolist() == pytest.approx([-0.125, -0.045])
+
+
+def test_shaped_loss_ignores_what_is_masked():
+    loss, gradient = shaped([[0.1, 0.5]], [2.0], [[1, 0]], normalizer=4)
+    assert loss == pytest.approx(-2 * 0.5 / 4)
+    assert gradient[0, 1] == 0
+
+
+def test_shaping_must_be_positive():
+    with pytest.raises(ValueError, match="shaping"):
+        shaped([[0.1]], [1.0], shaping=0.0)

@@ -351,7 +351,7 @@ class SeededRun:
 
     def _evaluations(self) -> None:
         for version in range(0, self.num_updates + 1, max(1, self.num_updates // 8)):
-            for metric, bonus in (("avg", 0.0), ("pass", 0.2)):
+            for metric, bonus in (("avg_at_k", 0.0), ("pass_at_k", 0.2)):
                 self.rows[tables.Evaluation].append(
                     {
                         "id": f"v-{version:05d}-{metric}",

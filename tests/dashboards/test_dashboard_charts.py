@@ -109,8 +109,8 @@ def test_response_lengths_align_by_version() -> None:
 
 def test_evaluations_become_one_series_for_each_suite_and_metric() -> None:
     rows = [
-        {"policy_version": 4, "suite": "s", "metric": "avg", "k": 8, "value": 0.5},
-        {"policy_version": 2, "suite": "s", "metric": "avg", "k": 8, "value": 0.1},
+        {"policy_version": 4, "suite": "s", "metric": "avg_at_k", "k": 8, "value": 0.5},
+        {"policy_version": 2, "suite": "s", "metric": "avg_at_k", "k": 8, "value": 0.1},
         {"policy_version": 4, "suite": "s", "metric": "greedy", "k": None, "value": 0.6},
     ]
     assert [entry.label for entry in evaluation_series(rows)] == ["s: avg@8", "s: greedy"]

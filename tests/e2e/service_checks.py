@@ -17,7 +17,7 @@ def assert_every_group_was_used_once(service: Any) -> None:
     incomplete = service.query(
         "select g.id from rollout_groups g where g.status != 'failed' and "
         "(select count(*) from trajectories t where t.group_id = g.id) "
-        "!= g.num_on_policy + g.num_mixed"
+        "!= g.num_on_policy + g.num_mixed + g.num_expert"
     )
     assert incomplete == []
     assert service.query("pragma integrity_check") == [("ok",)]

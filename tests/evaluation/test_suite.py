@@ -62,9 +62,11 @@ def test_one_greedy_sample_gives_pass_at_1_with_a_wilson_interval() -> None:
     report = run(engine, num_samples=1, temperature=0.0)
     assert report.accuracy == report.pass_at[1] == 0.75
     assert set(report.pass_at) == {1}
-    assert (report.accuracy_low, report.accuracy_high) == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    for measure in (report.measure("avg_at_k", 1), report.measure("pass_at_k", 1)):
+        # Wilson's interval of 3 of 4, by hand.
+        assert (measure.low, measure.high) == pytest.approx((0.3006, 0.9544), abs=1e-4)
     assert (report.num_problems, report.num_samples) == (4, 1)
-    assert report.mean_reward == pytest.approx(0.775)
+    assert report.measure("mean_reward").value == pytest.approx(0.775)
     assert report.accuracy_by_problem == [1.0, 1.0, 1.0, 0.0]
 
 
@@ -78,9 +80,12 @@ def test_several_samples_give_avg_and_pass_at_every_k() -> None:
     assert report.pass_at[2] == pytest.approx((1 + 5 / 6 + 1 / 2 + 0) / 4)
     assert report.pass_at[4] == pytest.approx(3 / 4)
     assert 8 not in report.pass_at
-    assert 0 <= report.accuracy_low <= report.accuracy <= report.accuracy_high <= 1
-    assert ("pass_at_k", 4, report.pass_at[4]) in report.measures()
-    assert json.loads(json.dumps(report.as_dict()))["pass_at"]["2"] == report.pass_at[2]
+    for measure in report.measures:
+        assert measure.low <= measure.value <= measure.high, measure
+    # Resamples with at most 1 correct response of 16 have a chance of 5 / 256, less than 2.5 %;
+    # with at most 2 more: the quantile is 2 / 16.
+    assert report.measure("avg_at_k", 4).low == 2 / 16
+    assert json.loads(json.dumps(report.as_dict()))["num_samples"] == 4
 
 
 def test_lengths_entropies_words_and_truncation_are_reported() -> None:
@@ -93,10 +98,12 @@ def test_lengths_entropies_words_and_truncation_are_reported() -> None:
         ]
     )
     report = run(engine, num_samples=1, temperature=0.0)
-    assert report.mean_tokens == 3.0
-    assert report.mean_entropy == pytest.approx((6 * 1.0 + 6 * 0.5) / 12)
-    assert report.truncated_share == 0.25
-    assert report.mean_format == 0.75
+    assert report.measure("mean_tokens").value == 3.0
+    assert report.measure("mean_entropy").value == pytest.approx((6 * 1.0 + 6 * 0.5) / 12)
+    # Token means: a resample of the long response alone has 1.0, one without it 0.5.
+    assert report.measure("mean_entropy").low == pytest.approx(0.5)
+    assert report.measure("truncated_share").value == 0.25
+    assert report.measure("mean_format").value == 0.75
     assert report.word_shares["verify"] == report.word_shares["wait"] == 0.5
 
 
@@ -104,7 +111,7 @@ def test_a_response_that_cannot_be_judged_counts_as_wrong() -> None:
     engine = Engine([[rollout(text)] for text in ("fine", "raise", "die", "fine")])
     report = run(engine, verifier="evaluation_rewards:judge", num_samples=1)
     assert report.num_unjudged == 2
-    assert report.accuracy == report.mean_reward == 0.5
+    assert report.accuracy == report.measure("mean_reward").value == 0.5
 
 
 def test_requests_are_repeatable_and_differ_between_problems_and_seeds() -> None:

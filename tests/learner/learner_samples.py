@@ -6,7 +6,14 @@ from sqlalchemy import create_engine, text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mentor_serve.errors import WeightsError
-from mentor_serve.learner import Learner, LearnerConfig, TorchBackend, UpdateConfig
+from mentor_serve.learner import (
+    Learner,
+    LearnerConfig,
+    TorchBackend,
+    TrainingOptions,
+    UpdateConfig,
+    mixed_grpo_update,
+)
 from mentor_serve.store import (
     LeasedGroup,
     LeasedTrajectory,
@@ -122,6 +129,16 @@ def random_groups(model, count=4, *, num_on_policy=4, num_mixed=2, seed=0, noise
     return groups
 
 
+def parameter_change(model, batch, **config):
+    """One plain gradient step of size 1: gradients by parameter name, and the metrics."""
+    values = {"mini_batch_prompts": 99, "max_grad_norm": 1e9} | config
+    before = {name: item.detach().clone() for name, item in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    metrics = mixed_grpo_update(model, batch, UpdateConfig(**values), optimizer=optimizer)
+    after = {name: item.detach() for name, item in model.named_parameters()}
+    return {name: before[name] - after[name] for name in before}, metrics
+
+
 def stored_group(seed, *, version=0, poisoned=False):
     """A group as a collector stores it; `poisoned` token ids make the model raise."""
     rng = np.random.default_rng(seed)
@@ -198,7 +215,7 @@ def make_learner(store, run_id, home, *, broadcaster=None, backend=None, load=ti
         store,
         run_id=run_id,
         load_policy=lambda: (load(), None),
-        backend=backend or TorchBackend(learning_rate=1e-2),
+        backend=backend or TorchBackend(TrainingOptions(learning_rate=1e-2)),
         broadcaster=broadcaster or FakeBroadcaster(),
         config=LearnerConfig(**values),
         weights_dir=home / "weights",

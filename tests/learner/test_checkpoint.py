@@ -8,7 +8,7 @@ import torch
 from learner_samples import random_groups, tiny_model
 
 from mentor_serve.errors import WeightsError
-from mentor_serve.learner import TorchBackend, UpdateConfig, build_batch
+from mentor_serve.learner import TorchBackend, TrainingOptions, UpdateConfig, build_batch
 from mentor_serve.learner.checkpoint import (
     BACKEND,
     TrainingState,
@@ -22,7 +22,7 @@ STATE = TrainingState(version=3, step=2, alpha=0.75, gamma=1.25, parent_version=
 
 
 def built_backend(seed=0, **overrides):
-    backend = TorchBackend(learning_rate=1e-2)
+    backend = TorchBackend(TrainingOptions(learning_rate=1e-2))
     backend.build(tiny_model(seed, **overrides))
     return backend
 
@@ -30,9 +30,7 @@ def built_backend(seed=0, **overrides):
 def batches(count):
     model = tiny_model().eval()
     return [
-        build_batch(
-            random_groups(model, 2, seed=seed), alpha=0.5, reward_range=1.0, policy_version=0
-        )
+        build_batch(random_groups(model, 2, seed=seed), alpha=0.5, policy_version=0)
         for seed in range(count)
     ]
 

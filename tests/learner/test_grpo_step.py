@@ -4,25 +4,20 @@ import math
 
 import pytest
 import torch
-from learner_samples import leased, leased_group, random_groups, reference_logprobs, tiny_model
+from learner_samples import (
+    leased,
+    leased_group,
+    parameter_change,
+    random_groups,
+    reference_logprobs,
+    tiny_model,
+)
 
 from mentor_serve.learner import UpdateConfig, build_batch, mixed_grpo_update
 
-UNCLIPPED = 1e9
-
 
 def batch_of(groups, alpha=0.5):
-    return build_batch(groups, alpha=alpha, reward_range=1.0, policy_version=0)
-
-
-def gradient_step(model, batch, **config):
-    """One plain gradient step of size 1: gradients by parameter name, and the metrics."""
-    values = {"mini_batch_prompts": 99, "max_grad_norm": UNCLIPPED} | config
-    before = {name: item.detach().clone() for name, item in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    metrics = mixed_grpo_update(model, batch, UpdateConfig(**values), optimizer=optimizer)
-    after = {name: item.detach() for name, item in model.named_parameters()}
-    return {name: before[name] - after[name] for name in before}, metrics
+    return build_batch(groups, alpha=alpha, policy_version=0)
 
 
 def assert_same_gradient(found, expected, tolerance=1e-5):
@@ -66,7 +61,7 @@ def test_two_sequences_and_a_mixed_one_by_hand():
     )
     (-kept / 5).backward()
     expected = {name: item.grad for name, item in reference.named_parameters()}
-    found, metrics = gradient_step(model, batch_of([group]))
+    found, metrics = parameter_change(model, batch_of([group]))
     assert metrics.loss == pytest.approx(-0.094598, abs=1e-5)
     assert metrics.clip_fraction_high == pytest.approx(1 / 5)
     assert metrics.clip_fraction_low == pytest.approx(1 / 5)
@@ -82,7 +77,7 @@ def test_clipped_tokens_give_no_gradient():
             leased([5], reward=0.0, logprobs=old_for_ratios(model, prompt, [5], [0.7])),
         ]
     )
-    found, metrics = gradient_step(model, batch_of([group]))
+    found, metrics = parameter_change(model, batch_of([group]))
     assert all(not gradient.any() for gradient in found.values())
     assert metrics.clip_fraction_low + metrics.clip_fraction_high == 1.0
 
@@ -91,7 +86,7 @@ def test_no_advantage_gives_no_gradient():
     model = tiny_model().eval()
     group = leased_group([leased([4, 5], reward=1.0), leased([6], reward=1.0)])
     for skip in (True, False):
-        found, metrics = gradient_step(model, batch_of([group]), skip_zero_advantage=skip)
+        found, metrics = parameter_change(model, batch_of([group]), skip_zero_advantage=skip)
         assert all(not gradient.any() for gradient in found.values())
         assert metrics.num_optimizer_steps == 1
         assert metrics.num_trained_tokens == (0 if skip else 3)
@@ -99,9 +94,9 @@ def test_no_advantage_gives_no_gradient():
 
 def test_micro_batches_do_not_change_the_gradient():
     groups = random_groups(tiny_model().eval())
-    whole, metrics = gradient_step(tiny_model().eval(), batch_of(groups))
+    whole, metrics = parameter_change(tiny_model().eval(), batch_of(groups))
     for max_tokens in (1, 33, 100):
-        parts, part_metrics = gradient_step(
+        parts, part_metrics = parameter_change(
             tiny_model().eval(), batch_of(groups), max_tokens_per_micro_batch=max_tokens
         )
         assert_same_gradient(parts, whole)
@@ -112,8 +107,8 @@ def test_micro_batches_do_not_change_the_gradient():
 
 def test_skipping_zero_advantages_is_exact():
     groups = random_groups(tiny_model().eval())
-    with_skip, skip_metrics = gradient_step(tiny_model().eval(), batch_of(groups))
-    without, metrics = gradient_step(
+    with_skip, skip_metrics = parameter_change(tiny_model().eval(), batch_of(groups))
+    without, metrics = parameter_change(
         tiny_model().eval(), batch_of(groups), skip_zero_advantage=False
     )
     assert skip_metrics.num_trained_tokens < metrics.num_trained_tokens
@@ -123,9 +118,9 @@ def test_skipping_zero_advantages_is_exact():
 
 def test_tokens_of_zero_advantage_count_in_the_denominator():
     signal = [leased([4], reward=1.0), leased([5], reward=0.0)]
-    short, _ = gradient_step(tiny_model().eval(), batch_of([leased_group(signal)]))
+    short, _ = parameter_change(tiny_model().eval(), batch_of([leased_group(signal)]))
     silent = leased([6] * 6, kind="mixed", reward=0.0)
-    long, _ = gradient_step(tiny_model().eval(), batch_of([leased_group([*signal, silent])]))
+    long, _ = parameter_change(tiny_model().eval(), batch_of([leased_group([*signal, silent])]))
     # Two tokens against eight: the same surrogate over four times the tokens.
     assert_same_gradient(long, {name: gradient / 4 for name, gradient in short.items()})
 
@@ -135,8 +130,8 @@ def test_tokens_without_a_recorded_logprob_change_nothing():
     with_hole = leased_group(
         [leased([4, 9], reward=1.0, logprobs=[-2.5, math.nan]), leased([5], reward=0.0)]
     )
-    expected, _ = gradient_step(tiny_model().eval(), batch_of([plain]))
-    found, metrics = gradient_step(tiny_model().eval(), batch_of([with_hole]))
+    expected, _ = parameter_change(tiny_model().eval(), batch_of([plain]))
+    found, metrics = parameter_change(tiny_model().eval(), batch_of([with_hole]))
     assert_same_gradient(found, expected)
     assert math.isfinite(metrics.loss)
 
@@ -144,18 +139,18 @@ def test_tokens_without_a_recorded_logprob_change_nothing():
 def test_a_mini_batch_is_one_optimiser_step_over_its_own_tokens():
     groups = random_groups(tiny_model().eval())
     model = tiny_model().eval()
-    _, metrics = gradient_step(model, batch_of(groups), mini_batch_prompts=2)
+    _, metrics = parameter_change(model, batch_of(groups), mini_batch_prompts=2)
     assert metrics.num_optimizer_steps == 2
     by_hand = tiny_model().eval()
     for half in (groups[:2], groups[2:]):
-        gradient_step(by_hand, batch_of(half))
+        parameter_change(by_hand, batch_of(half))
     for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm():
     groups = random_groups(tiny_model().eval())
-    found, metrics = gradient_step(tiny_model().eval(), batch_of(groups), max_grad_norm=1e-3)
+    found, metrics = parameter_change(tiny_model().eval(), batch_of(groups), max_grad_norm=1e-3)
     norm = math.sqrt(sum(float(item.square().sum()) for item in found.values()))
     assert metrics.grad_norm > 1e-3
     assert norm == pytest.approx(1e-3, rel=1e-2)
@@ -167,7 +162,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
         model.get_input_embeddings().weight[4, 0] = math.inf
     before = [item.detach().clone() for item in model.parameters()]
     group = leased_group([leased([4, 5], reward=1.0), leased([5, 6], reward=0.0)])
-    _, metrics = gradient_step(model, batch_of([group]))
+    _, metrics = parameter_change(model, batch_of([group]))
     assert (metrics.num_optimizer_steps, metrics.num_skipped_steps) == (0, 1)
     assert math.isnan(metrics.grad_norm)
     assert all(
@@ -178,7 +173,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
 def test_mismatch_is_zero_on_fresh_data_and_exact_otherwise():
     model = tiny_model().eval()
     fresh = batch_of(random_groups(model, noise=0.0))
-    _, metrics = gradient_step(tiny_model().eval(), fresh)
+    _, metrics = parameter_change(tiny_model().eval(), fresh)
     assert metrics.mismatch_kl == pytest.approx(0.0, abs=1e-6)
     prompt = [1, 2, 3]
     group = leased_group(
@@ -187,7 +182,7 @@ def test_mismatch_is_zero_on_fresh_data_and_exact_otherwise():
             leased([5], reward=0.0, logprobs=old_for_ratios(model, prompt, [5], [0.9])),
         ]
     )
-    _, metrics = gradient_step(tiny_model().eval(), batch_of([group]))
+    _, metrics = parameter_change(tiny_model().eval(), batch_of([group]))
     # r - 1 - log r: 0.1 - 0.0953102 = 0.0046898 and -0.1 + 0.1053605 = 0.0053605, mean 0.0050252.
     assert metrics.mismatch_kl == pytest.approx(0.0050252, abs=1e-5)
 

@@ -4,6 +4,7 @@
 that would not run after `kill -9`; two points are tried with a real process that ends at once.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,7 @@ from learner_samples import (
 from transformers import LlamaForCausalLM
 
 from mentor_serve.errors import WeightsError
-from mentor_serve.learner import TorchBackend
+from mentor_serve.learner import TorchBackend, TrainingOptions
 from mentor_serve.store import TrajectoryStore
 from mentor_serve.weights import list_snapshots, read_snapshot, snapshot_path
 
@@ -229,6 +230,30 @@ def test_a_damaged_checkpoint_is_replaced_by_snapshot_and_older_optimiser(
     learner.close()
 
 
+def test_checkpoints_of_another_layout_are_replaced_by_the_snapshot(filled, run_id, tmp_path):
+    """As after a change of the backend, or of its number of ranks."""
+    after_two_steps(filled, run_id, tmp_path)
+    for path in (tmp_path / "checkpoints").glob("v*"):
+        manifest = json.loads((path / "checkpoint.json").read_text())
+        (path / "backend" / "weights.safetensors").rename(path / "backend" / "ranks.bin")
+        files = manifest["files"]
+        files["backend/ranks.bin"] = files.pop("backend/weights.safetensors")
+        files["backend/moments.bin"] = files.pop("backend/optimizer.pt")
+        (path / "backend" / "optimizer.pt").rename(path / "backend" / "moments.bin")
+        (path / "checkpoint.json").write_text(json.dumps(manifest))
+    broadcaster = FakeBroadcaster()
+    learner = make_learner(filled, run_id, tmp_path, broadcaster=broadcaster)
+    learner.start()
+    (event,) = filled.recent_events(run_id)
+    assert event.kind == "checkpoint_unusable"
+    assert "fresh moments" in event.message
+    snapshot = read_snapshot(snapshot_path(tmp_path / "weights", 2))
+    for name, tensor in broadcaster.published[0].state_dict.items():
+        assert torch.equal(tensor, snapshot.state_dict[name])
+    assert learner.run_step().step == 3
+    learner.close()
+
+
 def test_a_damaged_snapshot_is_written_again_from_the_checkpoint(
     filled, run_id, tmp_path, url, undisturbed
 ):
@@ -265,7 +290,7 @@ def test_rare_checkpoints_still_lose_no_weights(filled, run_id, tmp_path):
 
 def test_a_changed_learning_rate_counts_after_a_restart(filled, run_id, tmp_path):
     after_two_steps(filled, run_id, tmp_path)
-    backend = TorchBackend(learning_rate=5e-4)
+    backend = TorchBackend(TrainingOptions(learning_rate=5e-4))
     learner = make_learner(filled, run_id, tmp_path, backend=backend)
     learner.start()
     assert learner.run_step().learning_rate == 5e-4

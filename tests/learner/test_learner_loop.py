@@ -16,7 +16,7 @@ from learner_samples import (
 )
 
 from mentor_serve.errors import LeaseLost, StoreError, WeightsError
-from mentor_serve.learner import LearnerPhase, TorchBackend
+from mentor_serve.learner import LearnerPhase, TorchBackend, TrainingOptions
 from mentor_serve.learner.records import tracked_numbers
 from mentor_serve.store import TrajectoryStore, upgrade
 from mentor_serve.types import Guidance
@@ -57,7 +57,7 @@ class BrokenBackend(TorchBackend):
     """Raises in `step` as often as told, after having changed the weights."""
 
     def __init__(self, failures):
-        super().__init__(learning_rate=1e-2)
+        super().__init__(TrainingOptions(learning_rate=1e-2))
         self.failures = failures
 
     def step(self, batch, config):

@@ -12,14 +12,15 @@ from learner_samples import (
     reference_logprobs,
     tiny_model,
 )
+from torch import nn
 
-from mentor_serve.learner import build_batch
+from mentor_serve.learner import build_batch, logprobs
 from mentor_serve.learner.logprobs import ResponseScorer
 from mentor_serve.learner.packing import build_micro_batch, plan_micro_batches
 
 
 def trajectories_of(groups):
-    batch = build_batch(groups, alpha=1.0, reward_range=1.0, policy_version=0)
+    batch = build_batch(groups, alpha=1.0, policy_version=0)
     return [list(group.trajectories) for group in batch.groups]
 
 
@@ -28,10 +29,10 @@ def packed_logprobs(model, groups, *, max_tokens, temperature=1.0):
     scorer = ResponseScorer(model, temperature=temperature)
     found = {}
     for rows in plan_micro_batches(groups, max_tokens=max_tokens):
-        logprobs = scorer(build_micro_batch(rows))
+        scored = scorer(build_micro_batch(rows))
         items = [item for row in rows for block in row for item in block]
         counts = [len(item.token_ids) for item in items]
-        for item, part in zip(items, torch.split(logprobs, counts), strict=True):
+        for item, part in zip(items, torch.split(scored, counts), strict=True):
             found[id(item)] = part
     return found
 
@@ -62,12 +63,15 @@ def test_eager_attention_gives_the_same():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5)
 
 
-def test_chunked_logits_give_the_same_values_and_gradients(monkeypatch):
-    model = tiny_model().eval()
+@pytest.mark.parametrize("has_bias", [False, True], ids=["linear", "any head"])
+def test_chunked_logits_give_the_same_values_and_gradients(monkeypatch, has_bias):
+    model = tiny_model(tie_word_embeddings=False).eval()
+    if has_bias:  # then the head's own forward is called
+        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, VOCAB))
     groups = trajectories_of(random_groups(model, 2))
     results = []
-    for elements in (2**26, 3 * VOCAB):
-        monkeypatch.setattr("mentor_serve.learner.logprobs.MAX_CHUNK_ELEMENTS", elements)
+    for size in (1000, 3):
+        monkeypatch.setattr(logprobs, "_chunk_size", lambda *_, size=size: size)
         model.zero_grad()
         total = sum(part.sum() for part in packed_logprobs(model, groups, max_tokens=99).values())
         total.backward()

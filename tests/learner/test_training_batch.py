@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from learner_samples import leased, leased_group
 
-from mentor_serve.learner import build_batch
+from mentor_serve.learner import AdvantageConfig, build_batch
 from mentor_serve.types import StopReason
 
 
 def batch_of(*groups, alpha=0.5, reward_range=1.0, policy_version=0):
     return build_batch(
-        groups, alpha=alpha, reward_range=reward_range, policy_version=policy_version
+        groups,
+        alpha=alpha,
+        policy_version=policy_version,
+        config=AdvantageConfig(reward_range=reward_range),
     )
 
 
@@ -71,10 +74,20 @@ def test_empty_responses_take_part_in_the_statistics_but_have_nothing_to_train()
     assert batch.metrics.num_trajectories == 2
 
 
-def test_expert_trajectories_are_refused():
-    group = leased_group([leased([4]), leased([4], kind="expert")])
-    with pytest.raises(ValueError, match="expected on-policy and mixed"):
-        batch_of(group)
+def test_expert_trajectories_share_the_groups_statistics():
+    # Rewards 0, 0 and 1: mean 1/3, sample std sqrt(1/3); LUFFY normalises over all three.
+    group = leased_group(
+        [
+            leased([4], reward=0.0),
+            leased([5], reward=0.0, index=1),
+            leased([6, 7], reward=1.0, kind="expert", logprobs=[math.nan] * 2),
+        ]
+    )
+    low, high = (-1 / 3) / math.sqrt(1 / 3), (2 / 3) / math.sqrt(1 / 3)
+    batch = batch_of(group)
+    assert advantages(batch) == pytest.approx([low, low, high])
+    assert batch.metrics.num_tokens == 4  # the expert's count without a recorded log-probability
+    assert batch.metrics.mean_reward_on_policy == 0.0
 
 
 def test_an_empty_prompt_is_refused():

@@ -121,6 +121,9 @@ class FakeSampler:
             for request in requests
         ]
 
+    async def sample_expert(self, requests: list[RolloutRequest]) -> list[list[Rollout]]:
+        raise AssertionError("this method has no use for whole expert trajectories")
+
 
 class MemoryStore:
     """Keeps groups and events in lists; `failures` are raised by the next writes."""
@@ -141,6 +144,15 @@ class MemoryStore:
         if all(group.group_id != known.group_id for known in self.groups):
             self.groups.append(group)
         return True
+
+    def add_demonstrations(self, run_id: str, task: Task, items: Any) -> int:
+        raise NotImplementedError
+
+    def demonstration_attempts(self, run_id: str, task: Task, **where: Any) -> Any:
+        raise NotImplementedError
+
+    def demonstrations(self, ids: Any) -> Any:
+        raise NotImplementedError
 
     def count_groups(self, run_id: str) -> dict[str, int]:
         ready = sum(group.status == "ready" for group in self.groups) - self.num_consumed

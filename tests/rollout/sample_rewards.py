@@ -20,6 +20,13 @@ def exact(prompt: str, response: str, answer: str, metadata: dict[str, Any]) -> 
     return response == answer
 
 
+def as_told(prompt: str, response: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Right or wrong by the task's answer, whatever the response."""
+    if answer == "raises":
+        raise ValueError("this task cannot be judged")
+    return answer == "right"
+
+
 def by_metadata(prompt: str, response: str, answer: str, metadata: dict[str, Any]) -> Any:
     return {
         "score": Score(reward=0.25, accuracy=1.0, format_score=0.0),

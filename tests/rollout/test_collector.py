@@ -32,6 +32,7 @@ class Scene:
         self,
         *,
         store: GroupStore | None = None,
+        run_id: str = "run",
         verifier: str = "sample_rewards:exact",
         respond: Callable[[RolloutRequest, int], Rollout] | None = None,
         **config: Any,
@@ -48,7 +49,7 @@ class Scene:
             renderer=PromptRenderer(FakeTokenizer()),  # type: ignore[arg-type]
             verifier_pool=self.pool,
             store=self.store,
-            run_id="run",
+            run_id=run_id,
             config=CollectorConfig(**options),
         )
 
@@ -332,16 +333,16 @@ def test_groups_reach_a_real_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'mentor.db'}"
     upgrade(url)
     with TrajectoryStore(url) as store:
+        run_id = store.open_run("run", {})
         scene = Scene(
             store=store,
+            run_id=run_id,
             verifier="math",
             max_ready_groups=4,
             respond=lambda request, index: make_rollout(
                 text=RIGHT if index == 0 else WRONG, replaced=request.mixed
             ),
         )
-        run_id = store.open_run("run", {})
-        scene.collector._run_id = run_id
         scene.run_until(lambda: store.count_groups(run_id)["ready"] >= 4)
         assert store.count_groups(run_id)["ready"] == 4
         (group,) = store.lease_groups(run_id, num_groups=1, owner="test", lease_s=60)

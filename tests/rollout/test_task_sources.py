@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reasoning_gym
 
 from mentor_serve.errors import ConfigError
 from mentor_serve.rollout.tasks import SubmittedTasks, TaskSource, build_source
@@ -115,10 +116,53 @@ def test_no_seed_of_training_meets_a_seed_of_evaluation(seed: int) -> None:
     assert held_out["seed"] + held_out["size"] <= 2**32
 
 
-@pytest.mark.parametrize("number", [0, 2**16 + 1])
+@pytest.mark.parametrize("number", [0, 2**13 + 1])
 def test_more_evaluation_tasks_than_the_seeds_allow_are_a_config_error(number: int) -> None:
-    with pytest.raises(ConfigError, match="expected 1 to 65536 evaluation tasks"):
+    with pytest.raises(ConfigError, match="expected 1 to 8192 evaluation tasks"):
         gym_source().holdout(number)
+
+
+def test_training_never_draws_the_text_of_an_evaluation_problem() -> None:
+    """Of three terms of one digit there are few texts: without care most would be in both."""
+    tiny = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    held_out = [task.prompt for task in gym_source(config=tiny).holdout(300)]
+    assert len(set(held_out)) == 300
+    for seed in (1, 2):
+        trained = draw(gym_source(config=tiny, seed=seed, size=100_000), 8000)
+        assert len(set(trained)) > 2000
+        assert not set(trained) & set(held_out)
+
+
+def test_a_replaced_problem_is_judged_and_repeated_like_any_other() -> None:
+    source = gym_source(size=400)
+    drawn = [source.next_task() for _ in range(400)]
+    replaced = [task for task in drawn if task.metadata["reasoning_gym"]["size"] == 1]
+    # One text in eight is held out: binomial(400, 1/8) lies outside with probability 1e-4.
+    assert 25 <= len(replaced) <= 77
+    again = gym_source(size=400)
+    assert [again.next_task() for _ in range(400)] == drawn
+    for task in replaced:
+        recipe = task.metadata["reasoning_gym"]
+        assert 2**30 <= recipe["seed"] < 2**31
+        dataset = reasoning_gym.create_dataset(
+            recipe["name"], seed=recipe["seed"], size=1, **recipe["config"]
+        )
+        assert dataset[0]["question"] == task.prompt
+        assert dataset.score_answer(task.answer, recipe["entry"]) == 1.0
+
+
+def test_evaluation_problems_of_a_smaller_number_are_the_first_of_a_larger() -> None:
+    def prompts(number: int) -> list[str]:
+        return [task.prompt for task in gym_source().holdout(number)]
+
+    assert prompts(40)[:7] == prompts(7)
+
+
+def test_a_generator_with_hardly_any_texts_is_a_config_error() -> None:
+    few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    # 200 texts of two digits and a sign: about 25 are held out, and 90 cannot be.
+    with pytest.raises(ConfigError, match="different tasks for evaluation, asked for 90"):
+        gym_source(config=few).holdout(90)
 
 
 def test_neighbouring_seeds_of_training_share_no_item() -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mentor_serve.engines.base import StepOutput
 from mentor_serve.serving import Generation, ModelCard, Readiness, create_app
+from mentor_serve.serving.backend import ConflictError, NotFoundError
 from mentor_serve.types import (
     Intervention,
     Rollout,
@@ -193,6 +194,13 @@ class FakeBackend:
 
     async def weights(self) -> list[dict[str, Any]]:
         return [{"version": 3, "is_live": True}]
+
+    async def roll_back(self, version: int) -> dict[str, Any]:
+        if version == 1:
+            raise ConflictError("version 1 is not kept")
+        if version != 2:
+            raise NotFoundError(f"version {version} is none of this run")
+        return {"version": 4, "parent_version": version}
 
 
 def mixed_fields(n: int) -> dict[str, Any]:

@@ -99,6 +99,26 @@ async def test_weights_are_listed(backend):
     assert answer["data"] == [{"version": 3, "is_live": True}]
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "part"),
+    [
+        ({"version": 2}, 200, {"version": 4, "parent_version": 2}),
+        ({"version": 1}, 409, {"code": "conflict"}),
+        ({"version": 9}, 404, {"code": "not_found"}),
+        ({"version": -1}, 400, {"param": "version"}),
+        ({"version": "2"}, 400, {"param": "version"}),
+        ({"version": 2, "force": True}, 400, {"code": "unknown_parameter"}),
+        ({}, 400, {"code": "missing_required_parameter"}),
+    ],
+)
+async def test_weights_are_rolled_back(backend, body, status, part):
+    async with http_client(backend) as client:
+        answer = await client.post("/v1/weights/rollback", json=body)
+    assert answer.status_code == status
+    document = answer.json()
+    assert part.items() <= document.get("error", document).items()
+
+
 async def test_every_route_and_every_sampling_field_is_documented(backend):
     page = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
     async with http_client(backend) as client:

@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from mentor_serve.store import NewGroup, NewTrajectory, UpdateRecord, VersionRecord, new_id
+from mentor_serve.store import (
+    NewDemonstration,
+    NewGroup,
+    NewTrajectory,
+    UpdateRecord,
+    VersionRecord,
+    new_id,
+)
 from mentor_serve.types import (
     Guidance,
     Intervention,
@@ -69,6 +76,38 @@ def trajectory(kind=TrajectoryKind.ON_POLICY, *, sample_index=0, accuracy=1.0, *
         prompt_token_ids=PROMPT,
         seed=42,
         token_texts={7: " wait", 9: " verify"},
+    )
+
+
+def expert_rollout(*, num_tokens=4, seed=0, version=0):
+    rng = np.random.default_rng(seed)
+    unknown = np.full(num_tokens, np.nan, np.float32)
+    logprobs = -np.abs(rng.normal(size=num_tokens)).astype(np.float32)
+    return Rollout(
+        token_ids=rng.integers(0, 100, num_tokens).astype(np.int32),
+        policy_logprobs=unknown,
+        mixed_logprobs=logprobs,
+        expert_logprobs=logprobs.copy(),
+        entropies=unknown.copy(),
+        weights=np.ones(num_tokens, np.float32),
+        sources=np.full(num_tokens, TokenSource.EXPERT, np.uint8),
+        policy_versions=np.full(num_tokens, version, np.int32),
+        stop_reason=StopReason.EOS,
+        text="<think>1 + 1 is 2</think> 2",
+    )
+
+
+def demonstration(*, accuracy=1.0, prompt=PROMPT, expert_model="embedded:expert", **options):
+    return NewDemonstration(
+        demonstration_id=new_id(),
+        trajectory=NewTrajectory(
+            rollout=expert_rollout(**options),
+            kind=TrajectoryKind.EXPERT,
+            sample_index=0,
+            score=Score(reward=0.9 * accuracy + 0.1, accuracy=accuracy, format_score=1.0),
+            prompt_token_ids=prompt,
+            expert_model=expert_model,
+        ),
     )
 
 

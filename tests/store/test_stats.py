@@ -437,12 +437,15 @@ def test_events_are_newest_first_and_evaluations_oldest_first(
         "run_id": RUN,
         "policy_version": 0,
         "suite": "s",
-        "metric": "avg",
+        "metric": "avg_at_k",
         "k": 8,
         "num_problems": 5,
         "created_at": NOW,
     }
     rows = [evaluation | {"id": f"v{value}", "value": value / 10} for value in (1, 2, 3)]
+    # Not of the policy, and no solved share: neither belongs into a chart of versions.
+    rows.append(evaluation | {"id": "v4", "value": 0.4, "policy_version": None, "model": "expert"})
+    rows.append(evaluation | {"id": "v5", "value": 9.0, "metric": "mean_tokens", "k": None})
     write(url, models.Evaluation, rows)
     assert [row["value"] for row in reader.evaluations(RUN, limit=2)] == [0.2, 0.3]
 

@@ -214,22 +214,6 @@ def test_the_status_sums_up_a_run(store, run_id, clock):
     assert document["errors"][0]["created_at"] == clock.now.isoformat()
 
 
-def test_evaluations_are_kept(store, run_id):
-    for value in (0.5, math.nan):
-        store.add_evaluation(
-            run_id,
-            policy_version=3,
-            suite="sums",
-            metric="pass_at_k",
-            k=8,
-            value=value,
-            num_problems=100,
-        )
-    with store._read("x") as connection:
-        rows = connection.exec_driver_sql("SELECT metric, k, value FROM evaluations ORDER BY id")
-        assert rows.fetchall() == [("pass_at_k", 8, 0.5), ("pass_at_k", 8, None)]
-
-
 def test_the_check_finds_what_is_wrong(store, run_id, leased, url):
     commit(store, run_id, leased)
     assert database_check(url)["counts"]["trajectories"] == 6

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from store_samples import group, update_record, version_record
+from store_samples import demonstration, group, task, update_record, version_record
 
 from mentor_serve.store import TrajectoryStore
 from mentor_serve.store.views import VIEWS
+from mentor_serve.types import GuidanceMethod
 
 GUIDE = Path(__file__).parents[2] / "docs" / "sql.md"
 QUERIES = re.findall(r"```sql\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
@@ -30,6 +31,7 @@ def trained(store, run_id):
             version=version_record(step),
         )
     store.add_event(run_id, kind="expert_down", severity="warning", message="no answer")
+    store.add_demonstrations(run_id, task(10), [demonstration()])
     return run_id
 
 
@@ -92,6 +94,33 @@ def test_staleness_counts_from_the_version_an_update_started_from(store, trained
         (2, 0, 1),
         (2, 1, 1),
     ]
+
+
+def test_guidance_methods_are_shares_of_the_groups_of_a_run(store, run_id):
+    other = store.open_run("other", {})
+    store.add_group(other, group(number=1))
+    store.add_group(run_id, group(number=1, num_mixed=0, method=GuidanceMethod.ON_POLICY))
+    for number, hint in ((2, 10), (3, 20), (4, None)):
+        store.add_group(
+            run_id,
+            group(
+                number=number,
+                num_mixed=0,
+                method=GuidanceMethod.QUESTA,
+                num_hint_tokens=hint,
+                hint_fraction=0.5 if hint else None,
+            ),
+        )
+    failed = group(number=5, num_mixed=0, method=GuidanceMethod.QUESTA, status="failed", error="x")
+    store.add_group(run_id, failed)
+    query = "SELECT * FROM v_guidance_methods WHERE run_id = '{}' ORDER BY method"
+    on_policy, questa = rows(store, query.format(run_id))
+    assert (on_policy["method"], on_policy["num_groups"]) == ("on_policy", 1)
+    assert on_policy["mean_hint_tokens"] is None
+    assert questa["group_share"] == pytest.approx(0.75)
+    assert (questa["num_with_hint"], questa["mean_hint_tokens"]) == (2, 15.0)
+    (mentor,) = rows(store, query.format(other))
+    assert (mentor["method"], mentor["group_share"], mentor["num_with_mixed"]) == ("mentor", 1.0, 1)
 
 
 def test_numbers_are_floats_and_integers_on_every_database(store, trained):

@@ -190,9 +190,9 @@ def _evaluations(rows: Rows) -> None:
 
 
 def evaluation_name(row: Mapping[str, Any]) -> str:
-    """`suite: metric@k`."""
+    """`suite: metric@k`, for instance `sums: pass@8`."""
     k = "" if row["k"] is None else f"@{row['k']}"
-    return f"{row['suite']}: {row['metric']}{k}"
+    return f"{row['suite']}: {row['metric'].removesuffix('_at_k')}{k}"
 
 
 def evaluation_series(rows: Rows) -> list[charts.Series]:

@@ -1,7 +1,9 @@
-"""What computes an update. Import the backend you need from its own module."""
+"""What computes an update. `build_backend` makes one by name and imports nothing else."""
 
 from __future__ import annotations
 
 from mentor_serve.learner.backends.base import TrainingBackend
+from mentor_serve.learner.backends.factory import build_backend
+from mentor_serve.learner.backends.options import BackendName, RankOptions
 
-__all__ = ["TrainingBackend"]
+__all__ = ["BackendName", "RankOptions", "TrainingBackend", "build_backend"]

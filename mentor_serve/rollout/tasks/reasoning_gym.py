@@ -1,12 +1,18 @@
 """Tasks from reasoning-gym's procedural data sets, `embedded` for the bundled pair's mix.
 
 reasoning-gym draws item i of seed s from `Random(s + i)`, so neighbouring seeds share items. Seeds
-are therefore spread: training takes blocks of `size` from the lower half of the 32-bit range,
-evaluation the upper half, and different values of `seed` never overlap until 2**31 / size of them.
+are therefore spread: training takes blocks of `size` from the lowest quarter of the 32-bit range,
+evaluation the upper half, and different values of `seed` never overlap until 2**30 / size of them.
+
+Different seeds may still draw the same short problem. What keeps evaluation apart from training
+for certain is the problem's text: one text in eight, by its hash, is for evaluation. Where the
+generator gives training such a text, the item is replaced by one of the seeds between; so task n
+still depends on the seed and n alone. This holds for all seeds, sizes and configurations.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, Final
@@ -16,9 +22,16 @@ from mentor_serve.rollout.tasks.sources import HOLDOUT_SPLIT, Position
 from mentor_serve.types import Task
 
 EMBEDDED: Final = "embedded"
+_SPARES: Final = 2**30
+"""First seed of the items that replace held-out texts in training."""
 _HALF: Final = 2**31
 _HOLDOUT_SIZE: Final = 2**16
-"""Evaluation tasks that one seed can give."""
+"""Items among which the evaluation tasks of one seed are looked for."""
+_HOLDOUT_SHARE: Final = 8
+"""One text in so many is held out."""
+_MAX_SPARES: Final = 200
+"""Items that may in turn replace one: all held out with probability 8**-200, unless the generator
+has hardly any texts."""
 
 Part = tuple[str, dict[str, Any]]
 """Data set name and configuration."""
@@ -43,7 +56,7 @@ class ReasoningGymSource:
         if not 1 <= size <= 2**30:
             raise ConfigError(f"tasks.size must be from 1 to {2**30}, got {size}")
         self._position = position or Position()
-        train_seed = seed % (_HALF // size) * size
+        train_seed = seed % (_SPARES // size) * size
         holdout_seed = _HALF + seed % (_HALF // _HOLDOUT_SIZE) * _HOLDOUT_SIZE
         self._train = [_Generator(part, seed=train_seed, size=size) for part in parts]
         self._parts = list(parts)
@@ -53,7 +66,7 @@ class ReasoningGymSource:
     def next_task(self) -> Task:
         """Return the task at the position and move on; repeats after `size` items of each part."""
         index, part = divmod(self._position.advance(), len(self._train))
-        return self._train[part].task(index % self._size, split="train")
+        return self._train[part].train_task(index % self._size)
 
     def state(self) -> dict[str, int]:
         """Return what `restore` needs."""
@@ -64,19 +77,15 @@ class ReasoningGymSource:
         self._position.restore(state)
 
     def holdout(self, num_tasks: int) -> list[Task]:
-        """Return tasks from seeds that training never uses, parts in turn."""
+        """Return tasks whose texts training never draws, each text once, parts in turn."""
         per_part = -(-num_tasks // len(self._parts))
-        if not 1 <= per_part <= _HOLDOUT_SIZE:
-            most = _HOLDOUT_SIZE * len(self._parts)
-            raise ConfigError(f"expected 1 to {most} evaluation tasks, got {num_tasks}")
-        # No larger than asked for: some data sets (acre) make all their items when created.
-        generators = [
-            _Generator(part, seed=self._holdout_seed, size=per_part) for part in self._parts
-        ]
-        return [
-            generators[n % len(generators)].task(n // len(generators), split=HOLDOUT_SPLIT)
-            for n in range(num_tasks)
-        ]
+        most = _HOLDOUT_SIZE // _HOLDOUT_SHARE
+        if not 1 <= per_part <= most:
+            raise ConfigError(
+                f"expected 1 to {most * len(self._parts)} evaluation tasks, got {num_tasks}"
+            )
+        found = [_held_out_tasks(p, per_part, seed=self._holdout_seed) for p in self._parts]
+        return [found[n % len(found)][n // len(found)] for n in range(num_tasks)]
 
 
 def embedded_parts() -> list[Part]:
@@ -86,14 +95,54 @@ def embedded_parts() -> list[Part]:
     return [(name, dict(config)) for name, config in TASK_MIX]
 
 
+def is_held_out(prompt: str) -> bool:
+    """Whether a problem's text is for evaluation alone."""
+    return hashlib.sha256(prompt.encode("utf-8")).digest()[0] % _HOLDOUT_SHARE == 0
+
+
+def _held_out_tasks(part: Part, count: int, *, seed: int) -> list[Task]:
+    # No more items than needed: some data sets (acre) make all of them when created.
+    size = min(_HOLDOUT_SIZE, 2 * _HOLDOUT_SHARE * count)
+    while True:
+        generator = _Generator(part, seed=seed, size=size)
+        found: dict[str, Task] = {}
+        for index in range(size):
+            task = generator.task(index, split=HOLDOUT_SPLIT)
+            if is_held_out(task.prompt):
+                found.setdefault(task.prompt, task)
+            if len(found) == count:
+                return list(found.values())
+        if size == _HOLDOUT_SIZE:
+            raise ConfigError(
+                f"reasoning-gym's {part[0]} as configured can spare {len(found)} different tasks "
+                f"for evaluation, asked for {count}; ask for fewer or widen tasks.config"
+            )
+        size = min(_HOLDOUT_SIZE, 4 * size)
+
+
 class _Generator:
     """One data set of reasoning-gym, item by item."""
 
-    def __init__(self, part: Part, *, seed: int, size: int) -> None:
-        self._name, self._config = part
+    def __init__(self, part: Part, *, seed: int, size: int, regenerate: bool | None = None) -> None:
+        self._part = self._name, self._config = part
         self._seed, self._size = seed, size
         self._dataset = _create(self._name, self._config, seed=seed, size=size)
-        self._regenerate = not self._survives_json()
+        self._regenerate = not self._survives_json() if regenerate is None else regenerate
+
+    def train_task(self, index: int) -> Task:
+        """The item, or the first of its replacements, whose text is not held out."""
+        task = self.task(index, split="train")
+        for attempt in range(_MAX_SPARES):
+            if not is_held_out(task.prompt):
+                return task
+            digest = hashlib.sha256(f"{self._seed + index}/{attempt}".encode()).digest()
+            seed = _SPARES + int.from_bytes(digest[:8], "big") % (_HALF - _SPARES)
+            spare = _Generator(self._part, seed=seed, size=1, regenerate=self._regenerate)
+            task = spare.task(0, split="train")
+        raise ConfigError(
+            f"reasoning-gym's {self._name} as configured gives hardly any different problems: "
+            f"{_MAX_SPARES} in a row have texts held out for evaluation; widen tasks.config"
+        )
 
     def task(self, index: int, *, split: str) -> Task:
         entry = self._dataset[index]

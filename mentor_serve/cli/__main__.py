@@ -1,0 +1,5 @@
+"""`python -m mentor_serve.cli`."""
+
+from mentor_serve.cli.application import main
+
+main()

@@ -1,0 +1,1 @@
+"""What the commands of `mentor-serve` compute; the command line only prints it."""
