@@ -9,7 +9,7 @@ error and, where asked for, to a file that is always JSON.
 from __future__ import annotations
 
 import logging
-import logging.config
+import logging.handlers
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -50,30 +50,14 @@ def configure_logging(
         # A cached logger would keep a former set-up after a second call.
         cache_logger_on_first_use=False,
     )
-    handlers: dict[str, Any] = {
-        "stderr": {"class": "logging.StreamHandler", "formatter": format, "stream": sys.stderr}
-    }
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].setFormatter(_formatter(format))
     if file is not None:
-        _check_writable(file)
-        handlers["file"] = {
-            "class": "logging.handlers.RotatingFileHandler",
-            "formatter": "json",
-            "filename": str(file),
-            "maxBytes": MAX_FILE_BYTES,
-            "backupCount": NUM_OLD_FILES,
-            "encoding": "utf-8",
-        }
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"console": _formatter("console"), "json": _formatter("json")},
-            "handlers": handlers,
-            "root": {"handlers": list(handlers), "level": level},
-            # Third parties that report every request or lock at INFO.
-            "loggers": {name: {"level": "WARNING"} for name in _NOISY},
-        }
-    )
+        handlers.append(_file_handler(file))
+    _replace_root_handlers(handlers)
+    logging.getLogger().setLevel(level)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel("WARNING")
     logging.captureWarnings(True)
 
 
@@ -99,7 +83,28 @@ def _shared() -> list[Processor]:
     ]
 
 
-def _formatter(format: LogFormat) -> dict[str, Any]:
+def _file_handler(file: Path) -> logging.Handler:
+    _check_writable(file)
+    handler = logging.handlers.RotatingFileHandler(
+        file, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8"
+    )
+    handler.setFormatter(_formatter("json"))
+    return handler
+
+
+def _replace_root_handlers(handlers: list[logging.Handler]) -> None:
+    """Put ours in the place of the root's, as `logging.config.dictConfig` would, which also closes
+    every other handler of the process: absl's then closes the standard error it was made with."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+    for handler in handlers:
+        root.addHandler(handler)
+
+
+def _formatter(format: LogFormat) -> logging.Formatter:
     rendering: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if format == "json":
         rendering += [
@@ -114,12 +119,11 @@ def _formatter(format: LogFormat) -> dict[str, Any]:
                 exception_formatter=structlog.dev.plain_traceback,
             )
         )
-    return {
-        "()": structlog.stdlib.ProcessorFormatter,
-        "processors": rendering,
+    return structlog.stdlib.ProcessorFormatter(
+        processors=rendering,
         # Records of the standard library skip structlog's own chain.
-        "foreign_pre_chain": [*_shared(), structlog.stdlib.ExtraAdder()],
-    }
+        foreign_pre_chain=[*_shared(), structlog.stdlib.ExtraAdder()],
+    )
 
 
 def _check_writable(file: Path) -> None:

@@ -1,5 +1,6 @@
 """Logging: both libraries in one stream, JSON that parses, standard output untouched."""
 
+import io
 import json
 import logging
 import warnings
@@ -92,6 +93,26 @@ def test_a_second_call_replaces_the_first(capsys):
     configure_logging("INFO", "json")
     logging.getLogger("a").info("once")
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_handlers_of_other_libraries_are_left_open():
+    """absl's handler closes its stream when closed, and the stream may be standard error."""
+
+    class Closing(logging.StreamHandler):
+        def close(self):
+            self.stream.close()
+            super().close()
+
+    stream = io.StringIO()
+    elsewhere = logging.getLogger("another.library")
+    handler = Closing(stream)
+    elsewhere.addHandler(handler)
+    try:
+        configure_logging("INFO", "json")
+        elsewhere.warning("still written")
+        assert "still written" in stream.getvalue()
+    finally:
+        elsewhere.removeHandler(handler)
 
 
 def test_warnings_are_logged(capsys):
