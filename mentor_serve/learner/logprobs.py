@@ -105,6 +105,10 @@ class ResponseScorer:
         return logits_NV
 
     def _inputs(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        if micro_batch.attention_mask is None:
+            # Without positions too: those of padding start again, which Transformers would read
+            # as several sequences in a row, and build a mask for.
+            return {"input_ids": micro_batch.input_ids, "use_cache": False}
         return {
             "input_ids": micro_batch.input_ids,
             "position_ids": micro_batch.position_ids,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,10 @@ class MicroBatch:
     """[R, L]."""
     position_ids: Tensor
     """[R, L]."""
-    attention_mask: Tensor
-    """[R, 1, L, L] bool, true where the query (row) may see the key (column)."""
+    attention_mask: Tensor | None
+    """[R, 1, L, L] bool, true where the query (row) may see the key (column). None where every row
+    is one response after its prompt: plain causal attention, for which kernels have a shorter way.
+    """
     predicts: Tensor
     """[N]: index into the flattened [R * L] of the position whose output predicts the token."""
     targets: Tensor
@@ -60,7 +63,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        return MicroBatch(**{name: getattr(self, name).to(device) for name in self.__slots__})
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        moved = {name: item.to(device) for name, item in tensors.items() if item is not None}
+        return replace(self, **moved)
 
     def silenced(self) -> MicroBatch:
         """The same without any token that counts: gradients 0, yet the same work."""
@@ -116,10 +121,7 @@ def build_micro_batch(rows: Sequence[Row]) -> MicroBatch:
     return MicroBatch(
         input_ids=_stack([item.input_ids for item in laid_out]),
         position_ids=_stack([item.position_ids for item in laid_out]),
-        attention_mask=_attention_mask(
-            _stack([item.blocks for item in laid_out]),
-            _stack([item.responses for item in laid_out]),
-        ),
+        attention_mask=None if _is_causal(rows) else _attention_mask(laid_out),
         predicts=torch.from_numpy(np.concatenate(predicts)),
         targets=_concatenate([item.token_ids for item in trajectories]).long(),
         old_logprobs=_concatenate([item.old_logprobs for item in trajectories]),
@@ -174,7 +176,14 @@ def _lay_out(row: Row, length: int) -> _RowLayout:
     return layout
 
 
-def _attention_mask(blocks_RL: Tensor, responses_RL: Tensor) -> Tensor:
+def _is_causal(rows: Sequence[Row]) -> bool:
+    """Every row is one response: padding, at the end, is seen by nothing that counts."""
+    return all(len(row) == 1 and len(row[0]) == 1 for row in rows)
+
+
+def _attention_mask(layouts: Sequence[_RowLayout]) -> Tensor:
+    blocks_RL = _stack([item.blocks for item in layouts])
+    responses_RL = _stack([item.responses for item in layouts])
     length = blocks_RL.shape[1]
     order = torch.arange(length)
     causal_LL = order[None, :] <= order[:, None]

@@ -52,6 +52,24 @@ def test_packed_equals_one_sequence_at_a_time(max_tokens, temperature):
                 torch.testing.assert_close(found[id(item)], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_rows_of_one_response_need_no_mask(implementation):
+    model = tiny_model(max_position_embeddings=400).eval()
+    model.set_attn_implementation(implementation)
+    lengths = (300, 280, 260)  # each longer than half of a row, so padded to the longest
+    responses = [leased([5 + i % 3 for i in range(n)], index=n) for n in lengths]
+    groups = trajectories_of([leased_group(responses)])
+    (rows,) = plan_micro_batches(groups, max_tokens=10_000)
+    assert build_micro_batch(rows).attention_mask is None
+    with torch.no_grad():
+        found = packed_logprobs(model, groups, max_tokens=10_000)
+        for item in groups[0]:
+            alone = reference_logprobs(
+                model, item.prompt_token_ids.tolist(), item.token_ids.tolist()
+            )
+            torch.testing.assert_close(found[id(item)], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_eager_attention_gives_the_same():
     model = tiny_model().eval()
     groups = trajectories_of(random_groups(model, 2))
