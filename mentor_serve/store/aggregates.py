@@ -58,6 +58,19 @@ LISTED = (
     "created_at",
 )
 """Columns of `trajectories` in lists."""
+VERSION_SUMS = (
+    "num_trajectories",
+    "num_scored",
+    "num_passed",
+    "reward_sum",
+    "num_tokens",
+    "num_gated",
+    "num_interventions",
+    "weight_sum",
+    "entropy_sum",
+    "num_entropy_tokens",
+)
+"""Columns of `version_stats` that a bucket of versions adds up."""
 HIGHEST = ("step", "policy_version", "created_at", "staleness_max")
 """Columns of `updates` of which a bucket shows the highest value."""
 
@@ -75,22 +88,25 @@ def wilson_interval(num_passed: int, num_trials: int) -> tuple[float, float]:
 
 def version_row(row: Row) -> Row:
     """Rates from the sums over one bucket of versions; None where nothing was summed."""
-    scored, passed = row["num_scored"], int(row["num_passed"])
-    tokens = int(row.pop("num_tokens") or 0)
+    row = {name: plain(value) for name, value in row.items()}
+    scored, passed = row["num_scored"], row["num_passed"]
+    tokens, gated, replaced = (
+        row.pop(name) for name in ("num_tokens", "num_gated", "num_interventions")
+    )
+    sums = {name: row.pop(name) for name in ("reward_sum", "weight_sum", "entropy_sum")}
+    entropy_tokens = row.pop("num_entropy_tokens")
     low, high = wilson_interval(passed, scored) if scored else (None, None)
-    gated, replaced = int(row.pop("num_gated")), int(row.pop("num_interventions"))
-    weight_sum, entropy_sum = row.pop("weight_sum"), row.pop("entropy_sum")
     return {
         **row,
-        "num_passed": passed,
         "pass_rate": passed / scored if scored else None,
         "pass_rate_low": low,
         "pass_rate_high": high,
+        "mean_reward": sums["reward_sum"] / scored if scored else None,
         "mean_response_tokens": tokens / row["num_trajectories"],
         "gated_share": gated / tokens if tokens else None,
         "intervention_rate": replaced / tokens if tokens else None,
-        "mean_weight": weight_sum / tokens if tokens and weight_sum is not None else None,
-        "mean_entropy": entropy_sum / tokens if tokens and entropy_sum is not None else None,
+        "mean_weight": sums["weight_sum"] / tokens if tokens else None,
+        "mean_entropy": sums["entropy_sum"] / entropy_tokens if entropy_tokens else None,
     }
 
 

@@ -27,6 +27,7 @@ from mentor_serve.store.records import (
     NewTrajectory,
     trajectory_id,
 )
+from mentor_serve.store.rollup import add_to_version_stats
 from mentor_serve.types import GroupStatus, Rollout, Score, TrajectoryKind
 
 ARRAY_COLUMNS = {
@@ -93,6 +94,7 @@ def add_group(connection: Connection, run_id: str, group: NewGroup, *, now: date
     if insert_new(connection, RolloutGroup, [group_row]) == 0:
         return False
     insert_trajectories(connection, rows, group.trajectories)
+    add_to_version_stats(connection, rows)
     return True
 
 

@@ -71,6 +71,8 @@ class Run(Base):
     config_json: Mapped[dict[str, Any]]
     started_at: Mapped[datetime]
     updated_at: Mapped[datetime]
+    num_pruned_groups: Mapped[int] = mapped_column(server_default="0")
+    """Groups that `mentor-serve db prune` deleted: tasks are counted on from where they were."""
 
 
 class PolicyVersion(Base):
@@ -219,6 +221,35 @@ class Trajectory(Base):
     expert_model: Mapped[str | None]
     """Name of the model that wrote it; NULL where the policy (or the mixture) did."""
     created_at: Mapped[datetime]
+
+
+class VersionStats(Base):
+    """Sums over the usable trajectories of groups, by kind and oldest policy version.
+
+    Kept by every transaction that stores a group, so that curves over versions cost the same
+    however many trajectories there are. Rows that are pruned stay counted.
+    """
+
+    __tablename__ = "version_stats"
+
+    run_id: Mapped[str] = _run_id(primary_key=True)
+    kind: Mapped[str] = _word(primary_key=True)
+    policy_version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    num_trajectories: Mapped[int] = mapped_column(BigInteger)
+    num_scored: Mapped[int] = mapped_column(BigInteger)
+    """With an accuracy; of these are `num_passed`, `num_scored_tokens` and the next two sums."""
+    num_passed: Mapped[int] = mapped_column(BigInteger)
+    accuracy_sum: Mapped[float]
+    reward_sum: Mapped[float]
+    num_scored_tokens: Mapped[int] = mapped_column(BigInteger)
+    num_tokens: Mapped[int] = mapped_column(BigInteger)
+    num_gated: Mapped[int] = mapped_column(BigInteger)
+    num_interventions: Mapped[int] = mapped_column(BigInteger)
+    weight_sum: Mapped[float]
+    """Over tokens, as is `entropy_sum`."""
+    entropy_sum: Mapped[float]
+    num_entropy_tokens: Mapped[int] = mapped_column(BigInteger)
+    """Of responses whose entropies are known: an expert's own are not."""
 
 
 class TrajectoryTokens(Base):

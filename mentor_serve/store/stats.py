@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, case, column, func, select, table
+from sqlalchemy import Connection, Select, and_, column, func, select, table
 from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -24,6 +24,7 @@ from mentor_serve.store.aggregates import (
     AVERAGED,
     HIGHEST,
     LISTED,
+    VERSION_SUMS,
     Row,
     plain,
     version_row,
@@ -41,6 +42,7 @@ from mentor_serve.store.models import (
     Trajectory,
     TrajectoryTokens,
     Update,
+    VersionStats,
 )
 from mentor_serve.types import ByteArray, FloatArray, GroupStatus, IntArray, TrajectoryKind
 
@@ -163,7 +165,7 @@ class StatsReader:
     def by_version(
         self, run_id: str, *, kind: TrajectoryKind, max_points: int = MAX_POINTS
     ) -> list[Row]:
-        """What trajectories of one kind were like under each policy version.
+        """What the groups' trajectories of one kind were like under each policy version.
 
         A row covers one version (the oldest that produced a token), or a bucket of neighbouring
         versions above `max_points`: policy_version (highest of the bucket), num_trajectories,
@@ -171,24 +173,13 @@ class StatsReader:
         pass_rate_high, mean_reward, mean_response_tokens, gated_share, intervention_rate,
         mean_weight and mean_entropy (the last four per token). None where nothing is known.
         """
-        chosen = and_(
-            Trajectory.run_id == run_id, Trajectory.kind == kind.value, Trajectory.status == "ok"
-        )
-        version = Trajectory.min_policy_version
-        bucket = self._bucket(version, chosen, max_points=max_points)
-        tokens = Trajectory.num_tokens
+        sums = VersionStats
+        chosen = and_(sums.run_id == run_id, sums.kind == kind.value)
+        bucket = self._bucket(sums.policy_version, chosen, max_points=max_points)
         query = (
             select(
-                func.max(version).label("policy_version"),
-                func.count().label("num_trajectories"),
-                func.count(Trajectory.accuracy).label("num_scored"),
-                func.sum(case((Trajectory.accuracy >= 1, 1), else_=0)).label("num_passed"),
-                func.avg(Trajectory.reward).label("mean_reward"),
-                func.sum(tokens).label("num_tokens"),
-                func.sum(Trajectory.num_gated).label("num_gated"),
-                func.sum(Trajectory.num_interventions).label("num_interventions"),
-                func.sum(Trajectory.mean_weight * tokens).label("weight_sum"),
-                func.sum(Trajectory.mean_entropy * tokens).label("entropy_sum"),
+                func.max(sums.policy_version).label("policy_version"),
+                *(func.sum(getattr(sums, name)).label(name) for name in VERSION_SUMS),
             )
             .where(chosen)
             .group_by(bucket)

@@ -175,7 +175,46 @@ VIEWS_0003: Mapping[str, str] = MappingProxyType(
 )
 """With the methods that revision 0003 added to `rollout_groups`."""
 
-VIEWS: Mapping[str, str] = VIEWS_0003
+_INTERVENTION_RATE_0005 = """
+SELECT
+    s.run_id,
+    s.policy_version,
+    s.num_trajectories,
+    s.num_tokens,
+    s.num_gated,
+    s.num_interventions,
+    CAST(s.num_gated AS DOUBLE PRECISION) / NULLIF(s.num_tokens, 0) AS gated_share,
+    CAST(s.num_interventions AS DOUBLE PRECISION) / NULLIF(s.num_tokens, 0) AS intervention_rate,
+    s.weight_sum / NULLIF(s.num_tokens, 0) AS mean_weight,
+    s.entropy_sum / NULLIF(s.num_entropy_tokens, 0) AS mean_entropy
+FROM version_stats s
+WHERE s.kind = 'mixed'
+"""
+
+_PASSED_0005 = """
+SELECT
+    s.run_id,
+    s.policy_version,
+    s.num_scored AS num_trajectories,
+    s.num_passed,
+    CAST(s.num_passed AS DOUBLE PRECISION) / s.num_scored AS pass_rate,
+    s.accuracy_sum / s.num_scored AS mean_accuracy,
+    s.reward_sum / s.num_scored AS mean_reward,
+    CAST(s.num_scored_tokens AS DOUBLE PRECISION) / s.num_scored AS mean_response_tokens
+FROM version_stats s
+WHERE s.kind = 'on_policy' AND s.num_scored > 0
+"""
+
+VIEWS_0005: Mapping[str, str] = MappingProxyType(
+    {
+        **VIEWS_0003,
+        "v_intervention_rate": _INTERVENTION_RATE_0005,
+        "v_pass_rate": _PASSED_0005,
+    }
+)
+"""The curves over versions read the running sums that revision 0005 added."""
+
+VIEWS: Mapping[str, str] = VIEWS_0005
 """Name to text at the newest revision."""
 
 

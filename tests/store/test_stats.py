@@ -17,6 +17,7 @@ from mentor_serve.store import models, schema
 from mentor_serve.store.aggregates import wilson_interval
 from mentor_serve.store.connection import open_engine, writing
 from mentor_serve.store.encoding import encode
+from mentor_serve.store.rollup import add_to_version_stats
 from mentor_serve.store.stats import MAX_POINTS, StatsReader
 from mentor_serve.types import TrajectoryKind
 
@@ -42,6 +43,8 @@ def write(url: str, table: Any, rows: list[dict[str, Any]]) -> None:
     engine = open_engine(url)
     with writing(engine, url, doing="seeding") as connection:
         connection.execute(insert(table), rows)
+        if table is models.Trajectory:
+            add_to_version_stats(connection, rows)
     engine.dispose()
 
 
