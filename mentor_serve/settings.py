@@ -33,6 +33,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 
 from mentor_serve.errors import ConfigError
 from mentor_serve.rank_settings import RankSettings
+from mentor_serve.store_settings import StoreSettings
 
 ENV_PREFIX = "MENTOR_SERVE_"
 ENV_DELIMITER = "__"
@@ -274,16 +275,6 @@ class EvaluationSettings(_Section):
     """CPUs that Ray books for it; its process runs at the lowest priority of the system."""
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: NonNegativeInt = 1
-
-
-class StoreSettings(_Section):
-    """The SQL trajectory store."""
-
-    url: SecretStr | None = None
-    """SQLAlchemy URL; default: SQLite in `mentor.db` under the state directory."""
-    pool_size: PositiveInt = 5
-    timeout_s: PositiveFloat = 30.0
-    """How long a statement waits for a lock or a connection."""
 
 
 class WeightSettings(_Section):
