@@ -22,6 +22,17 @@ class StoreError(MentorError, RuntimeError):
     """The trajectory store refused or failed an operation."""
 
 
+class StoreUnavailable(StoreError):
+    """The database is away, busy or full: the same call may work later.
+
+    Where it comes from a commit, the commit may have happened all the same.
+    """
+
+
+class RunClaimed(StoreError):
+    """Another learner trains the run; the message names it."""
+
+
 class SchemaOutOfDate(StoreError):
     """The database schema is behind or ahead of the code."""
 

@@ -7,6 +7,7 @@ see a database of its own) and any other database.
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -18,9 +19,20 @@ from urllib.parse import quote
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from mentor_serve.errors import StoreError
+from mentor_serve.errors import SchemaOutOfDate, StoreError
+from mentor_serve.store.failures import store_error_type
 
 _WRITE_OPTION = "mentor_serve_write"
+
+# sqlite3's own come out bare where a connection is opened by our own function.
+_FOREIGN_ERRORS = (SQLAlchemyError, sqlite3.Error, OverflowError, UnicodeError)
+
+_DEAD_PEER = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+"""libpq: how a server whose machine is gone, and which says nothing, is noticed in half a minute."""
 
 
 class _Pragma(NamedTuple):
@@ -93,10 +105,13 @@ def open_engine(
     settings = f"-c lock_timeout={int(timeout_s * 1000)} -c timezone=UTC"
     if read_only:
         settings += " -c default_transaction_read_only=on"
+    arguments = {
+        "options": settings,
+        "connect_timeout": max(2, math.ceil(timeout_s)),  # libpq takes 1 for 2
+        **_DEAD_PEER,
+    }
     try:
-        return create_engine(
-            parsed, pool_pre_ping=True, connect_args={"options": settings}, **options
-        )
+        return create_engine(parsed, pool_pre_ping=True, connect_args=arguments, **options)
     except ModuleNotFoundError as error:
         raise StoreError(
             "a PostgreSQL store needs psycopg: pip install 'mentor-serve[postgres]'"
@@ -164,13 +179,20 @@ def translated(url: str, *, doing: str) -> Iterator[None]:
     """Turn SQLAlchemy's exceptions into StoreError; the URL is shown without its password.
 
     So are those that drivers raise beside their own: integers beyond 64 bits, unpaired surrogates.
+
+    Raises:
+        StoreUnavailable: the database is away, busy or full; the same call may work later.
+        SchemaOutOfDate: a table or a column is missing.
+        StoreError: the database refuses this very data.
     """
     try:
         yield
-    except (SQLAlchemyError, OverflowError, UnicodeError) as error:
+    except _FOREIGN_ERRORS as error:
         reason = getattr(error, "orig", None) or error
-        raise StoreError(
-            f"{doing} failed in {shown(url)}: {type(reason).__name__}: {reason}"
+        family = store_error_type(error)
+        hint = "; run `mentor-serve db check`" if family is SchemaOutOfDate else ""
+        raise family(
+            f"{doing} failed in {shown(url)}: {type(reason).__name__}: {reason}{hint}"
         ) from error
 
 
