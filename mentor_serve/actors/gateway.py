@@ -207,7 +207,9 @@ class GatewayBackend:
                 learner.status.remote(), ANSWER_TIMEOUT_S
             )
             return status
-        except (TimeoutError, ray.exceptions.RayError) as error:
+        except TimeoutError:
+            return {"error": f"no answer within {ANSWER_TIMEOUT_S:g} s"}
+        except ray.exceptions.RayError as error:
             return {"error": f"{type(error).__name__}: {error}"}
 
     async def set_paused(self, paused: bool) -> None:

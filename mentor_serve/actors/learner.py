@@ -13,10 +13,11 @@ from mentor_serve.actors import names
 from mentor_serve.actors.detached import fingerprint
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
 from mentor_serve.actors.weight_store import RayBroadcaster
+from mentor_serve.errors import WeightsError
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.settings import Settings
 from mentor_serve.store import TrajectoryStore, VersionRecord
-from mentor_serve.telemetry import open_tracker
+from mentor_serve.telemetry import Tracker, open_tracker
 from mentor_serve.weights import Broadcaster
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from mentor_serve.learner.backends import RankOptions
 
 log = structlog.get_logger(__name__)
+
+_STARTING = "starting"
+"""`LearnerPhase.STARTING`, before there is a learner whose modules could say so."""
 
 # The learner's own modules are imported inside functions: the gateway and the collectors import
 # this module to find the actor, and their processes should not pay for torch.
@@ -153,23 +157,13 @@ class LearnerActor:
     """Owns the learner. Ray restarts it after a crash; the database says where to go on."""
 
     def __init__(self, settings: Settings) -> None:
-        from mentor_serve.learner.records import tracked_numbers
-
-        enter_process(settings, role="learner", num_threads=settings.learner.num_threads)
-        prepare_state(settings)
+        # Nothing slow happens here: `status` answers while torch and the backend are imported and
+        # ranks are started, so that a slow start is not taken for a hang.
         self._settings = settings
-        self._store = open_store(settings)
-        self._learner = build_learner(settings, self._store, RayBroadcaster(settings))
-        self._tracker = open_tracker(
-            settings.telemetry.tracker,
-            directory=settings.home / "trackers" / settings.run_name,
-            run_name=settings.run_name,
-            config=settings.model_dump(mode="json"),
-        )
-        self._learner.add_observer(
-            lambda record: self._tracker.log(tracked_numbers(record), step=record.step)
-        )
         self._fingerprint = fingerprint(settings)
+        self._learner: Learner | None = None
+        self._is_paused = False
+        self._lock = threading.Lock()
         self._error: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="learner", daemon=True)
@@ -177,18 +171,45 @@ class LearnerActor:
 
     def _run(self) -> None:
         try:
-            self._learner.start()
-            self._learner.run(self._stop)
-            self._learner.close()
-            self._tracker.close()
+            learner, tracker = self._build()
+            learner.start()
+            learner.run(self._stop)
+            learner.close()
+            tracker.close()
         except Exception as error:
             # The thread's boundary: `status` hands the reason to the supervisor.
             log.exception("learner_died")
             self._error = f"{type(error).__name__}: {error}"
 
+    def _build(self) -> tuple[Learner, Tracker]:
+        from mentor_serve.learner.records import tracked_numbers
+
+        settings = self._settings
+        enter_process(settings, role="learner", num_threads=settings.learner.num_threads)
+        prepare_state(settings)
+        learner = build_learner(settings, open_store(settings), RayBroadcaster(settings))
+        tracker = open_tracker(
+            settings.telemetry.tracker,
+            directory=settings.home / "trackers" / settings.run_name,
+            run_name=settings.run_name,
+            config=settings.model_dump(mode="json"),
+        )
+        learner.add_observer(lambda record: tracker.log(tracked_numbers(record), step=record.step))
+        with self._lock:
+            self._learner = learner
+            if self._is_paused:
+                learner.pause()
+        return learner, tracker
+
     def status(self) -> dict[str, Any]:
         """The learner's `LearnerStatus`, and `fatal_error` where its loop ended with one."""
-        return {**asdict(self._learner.status()), "fatal_error": self._error}
+        with self._lock:
+            document: dict[str, Any]
+            if self._learner is None:
+                document = {"phase": _STARTING, "is_paused": self._is_paused}
+            else:
+                document = asdict(self._learner.status())
+        return {**document, "fatal_error": self._error}
 
     def fingerprint(self) -> str:
         """Of the settings that it runs with."""
@@ -196,29 +217,37 @@ class LearnerActor:
 
     def set_paused(self, is_paused: bool) -> None:
         """Stop before the next update, or go on."""
-        if is_paused:
-            self._learner.pause()
-        else:
-            self._learner.resume()
+        with self._lock:
+            self._is_paused = is_paused
+            if self._learner is not None:
+                if is_paused:
+                    self._learner.pause()
+                else:
+                    self._learner.resume()
 
     def rollback(self, version: int) -> VersionRecord:
         """Make a new version with the weights of a kept one, after the update in progress.
 
         Raises:
-            WeightsError: the version is unknown, or its snapshot is gone or damaged.
+            WeightsError: the version is unknown, its snapshot is gone or damaged, or the learner
+                is starting.
         """
         if not self._thread.is_alive():
             # Finished (`learner.max_steps`): it gave up model, directories and lock.
-            broadcaster = RayBroadcaster(self._settings)
-            return roll_back_alone(self._settings, self._store, version, broadcaster)
-        was_paused = self._learner.status().is_paused
+            with open_store(self._settings) as store:
+                broadcaster = RayBroadcaster(self._settings)
+                return roll_back_alone(self._settings, store, version, broadcaster)
+        learner = self._learner
+        if learner is None:
+            raise WeightsError("expected a running learner, it is starting; try again")
+        was_paused = learner.status().is_paused
         # Locks are not fair: a loop that always finds groups would hardly ever let us in.
-        self._learner.pause()
+        learner.pause()
         try:
-            return self._learner.rollback(version)
+            return learner.rollback(version)
         finally:
             if not was_paused:
-                self._learner.resume()
+                learner.resume()
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the update in progress and end the loop; False if that took too long."""

@@ -25,6 +25,8 @@ log = structlog.get_logger(__name__)
 POLL_INTERVAL_S = 2.0
 ANSWER_TIMEOUT_S = 30.0
 """They answer `status` from a thread of its own, also in the middle of an update."""
+FIRST_ANSWER_TIMEOUT_S = 300.0
+"""A new process has to import Ray and be given its place first, beside others that start too."""
 
 _ENSURE = {names.LEARNER: ensure_learner, names.EVALUATOR: ensure_evaluator}
 
@@ -44,6 +46,7 @@ class Supervisor:
         self._settings = settings
         self._store = store
         self._run_id = run_id
+        self._has_answered = False
 
     async def run(self, stop_event: asyncio.Event) -> None:
         """Watch until `stop_event`."""
@@ -59,14 +62,17 @@ class Supervisor:
 
     async def _problem(self) -> str | None:
         actor = _ENSURE[self._name](self._settings)
+        limit_s = ANSWER_TIMEOUT_S if self._has_answered else FIRST_ANSWER_TIMEOUT_S
         try:
-            status = await asyncio.wait_for(actor.status.remote(), ANSWER_TIMEOUT_S)
+            status = await asyncio.wait_for(actor.status.remote(), limit_s)
         except TimeoutError:
-            return f"no answer within {ANSWER_TIMEOUT_S:g} s"
+            return f"no answer within {limit_s:g} s"
         except ray.exceptions.ActorUnavailableError:
+            self._has_answered = False
             return None  # Ray is restarting it
         except ray.exceptions.RayError as error:
             return f"{type(error).__name__}: {error}"
+        self._has_answered = True
         return None if status["fatal_error"] is None else str(status["fatal_error"])
 
     async def _replace(self, problem: str) -> None:
@@ -79,6 +85,7 @@ class Supervisor:
             message=problem.splitlines()[0],
         )
         kill_actor(self._name)
+        self._has_answered = False
 
 
 def stop_supervised(timeout_s: float) -> None:

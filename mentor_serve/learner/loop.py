@@ -113,7 +113,8 @@ class Learner:
                 self._backend.close()
             finally:
                 self._directory_lock.release()
-                self._set_phase(LearnerPhase.STOPPED)
+                if self._status.phase is not LearnerPhase.FINISHED:
+                    self._set_phase(LearnerPhase.STOPPED)
 
     def run(self, stop: threading.Event) -> None:
         """Step until `stop` is set or `max_steps` updates are made; waits between steps."""

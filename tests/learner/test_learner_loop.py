@@ -147,6 +147,8 @@ def test_run_waits_for_groups_and_stops_at_max_steps(start, store, run_id):
     status = learner.status()
     assert (status.step, status.phase, status.published_version) == (2, LearnerPhase.FINISHED, 2)
     assert store.count_groups(run_id)["ready"] == 2
+    learner.close()
+    assert learner.status().phase is LearnerPhase.FINISHED  # and not just stopped
 
 
 def test_a_paused_learner_takes_nothing_and_resumes(start, store, run_id):
