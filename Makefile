@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test check format bench dashboard reference-pair clean
+.PHONY: help setup setup-dev run test postgres-for-tests check format bench dashboard reference-pair clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -27,8 +27,12 @@ setup-dev: $(VENV)/.dev ## ... with the tools for tests and checks
 run: setup ## Start everything: policy, expert, collector, learner, HTTP on :8000, dashboard on :8501
 	$(BIN)/mentor-serve up
 
-test: setup-dev check ## Run the checks and every test
+test: setup-dev check postgres-for-tests ## Run the checks and every test
 	$(BIN)/python -m pytest
+
+# The tests start a server of their own; without one those on PostgreSQL are skipped and say so.
+postgres-for-tests: ## Install a PostgreSQL server for the tests, where that is possible
+	@tests/install_postgres.sh
 
 check: setup-dev ## Lint, types, layers, dependencies, spelling, compose file
 	$(BIN)/ruff check .

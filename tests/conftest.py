@@ -1,4 +1,4 @@
-"""Fixtures that every test folder may use: tiny random models and a tiny tokenizer.
+"""Fixtures that every test folder may use: tiny random models, a tiny tokenizer, databases.
 
 The models are Llamas with initial weights large enough that their distributions are far from
 uniform and from each other. They are built anew for each test, because weights may be swapped.
@@ -10,6 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from databases import (  # noqa: F401 (fixtures)
+    database_kind,
+    empty_url,
+    migrated_file,
+    migrated_template,
+    postgres_url,
+    url,
+)
 from hypothesis import settings
 
 # A shared machine may pause any example for longer than the default limit of 200 ms.
