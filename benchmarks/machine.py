@@ -28,7 +28,7 @@ class Machine:
     def describe(self) -> dict[str, Any]:
         """What a reader needs to judge absolute numbers, as JSON."""
         return {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": self.threads,
             "device": self.device,
@@ -74,7 +74,8 @@ def report_progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as the system gives it."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text().splitlines():

@@ -32,7 +32,7 @@ _DEAD_PEER = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
 }
-"""libpq: how a server whose machine is gone, and which says nothing, is noticed in half a minute."""
+"""libpq: a server whose machine is gone, and which says nothing, is noticed in half a minute."""
 
 
 class _Pragma(NamedTuple):

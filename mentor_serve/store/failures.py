@@ -1,4 +1,4 @@
-"""Which failures of a database pass by themselves, which are the schema's, and which are the data's.
+"""Failures of a database: which pass by themselves, which are the schema's, which the data's.
 
 Decided by the codes that the databases document, never by messages. A caller that gets
 `StoreUnavailable` keeps what it has and tries again; any other `StoreError` comes again for the
@@ -33,7 +33,7 @@ _SQLITE_AWAY = frozenset(
 """Primary result codes, https://www.sqlite.org/rescode.html."""
 
 _SQLITE_SCHEMA = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA})
-"""The statements are this package's own: an error in one means that a table or column is missing."""
+"""Statements are this package's own: an error in one means that a table or column is missing."""
 
 _POSTGRES_AWAY = (
     "08",  # connection exception
@@ -76,7 +76,7 @@ def _of_driver(error: BaseException | None) -> type[StoreError]:
         return SchemaOutOfDate if primary in _SQLITE_SCHEMA else StoreError
     if not hasattr(error, "sqlstate"):
         return StoreError  # raised beside the drivers' own: an integer beyond 64 bits
-    state = error.sqlstate
+    state = getattr(error, "sqlstate", None)
     if state is None:
         # psycopg has no code where the server sent none: refused, closed, timed out.
         return StoreUnavailable if _is_operational(error) else StoreError

@@ -1,101 +1,96 @@
 """Rollout groups on their way into SQL.
 
-Functions over an open transaction; `TrajectoryStore` opens and commits it.
+Functions over an open transaction; `TrajectoryStore` opens and commits it. What needs no database
+was computed before (`group_rows`).
+
+Locks: every transaction that stores groups takes them in one order, tasks by their key, groups by
+their id, sums by their key, so that collectors never wait for each other in turn.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from functools import cache
 
-import numpy as np
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.sql.dml import ReturningInsert
 
-from mentor_serve.errors import StoreError
-from mentor_serve.store.encoding import encode
-from mentor_serve.store.journal import ensure_task, insert_new
-from mentor_serve.store.models import (
-    InterventionRow,
-    RolloutGroup,
-    Trajectory,
-    TrajectoryTokens,
+from mentor_serve.store.group_rows import (
+    ARRAY_COLUMNS,
+    DetailInserts,
+    GroupRows,
+    RowValues,
+    finite,
+    trajectory_row,
 )
-from mentor_serve.store.records import (
-    NewGroup,
-    NewTrajectory,
-    trajectory_id,
-)
-from mentor_serve.store.rollup import add_to_version_stats
-from mentor_serve.types import GroupStatus, Rollout, Score, TrajectoryKind
+from mentor_serve.store.journal import ensure_tasks
+from mentor_serve.store.models import RolloutGroup, Trajectory, TrajectoryTokens
+from mentor_serve.store.records import NewTrajectory
+from mentor_serve.store.rollup import add_version_sums
+from mentor_serve.types import GroupStatus, Score, TrajectoryKind
 
-ARRAY_COLUMNS = {
-    "token_ids": "token_ids",
-    "policy_logprobs": "policy_logprobs",
-    "expert_logprobs": "expert_logprobs",
-    "mixed_logprobs": "mixed_logprobs",
-    "entropies": "entropies",
-    "weights": "weights",
-    "sources": "sources",
-    "policy_versions": "versions",
-}
-"""Rollout attribute to column of `trajectory_tokens`."""
+__all__ = ["ARRAY_COLUMNS", "finite", "trajectory_row"]
 
 
-def add_group(connection: Connection, run_id: str, group: NewGroup, *, now: datetime) -> bool:
-    """Insert a group with everything that belongs to it; False where it is already there.
+def add_groups(
+    connection: Connection, groups: Sequence[GroupRows], inserts: DetailInserts
+) -> list[bool]:
+    """Insert groups with everything that belongs to them; False for each that is there already.
 
-    Raises:
-        StoreError: a status that a new group cannot have, or arrays of unequal length.
+    All of them must belong to one run, and come from `inserts`.
     """
-    if group.status not in (GroupStatus.READY, GroupStatus.FAILED):
-        raise StoreError(f"expected a new group to be ready or failed, got {group.status!r}")
-    task_id = ensure_task(connection, run_id, group.task, now=now)
-    guidance = group.guidance
-    rows = [
-        trajectory_row(item, run_id=run_id, now=now, version=guidance.policy_version)
-        | {
-            "id": trajectory_id(group.group_id, kind=item.kind, sample_index=item.sample_index),
-            "group_id": group.group_id,
-            "task_id": task_id,
-        }
-        for item in group.trajectories
-    ]
-    usable = [row for row in rows if row["status"] == "ok"]
-    kinds = [row["kind"] for row in usable]
-    group_row = {
-        "id": group.group_id,
-        "run_id": run_id,
-        "task_id": task_id,
-        "policy_version": guidance.policy_version,
-        # No version of the policy wrote an expert's trajectory: it makes no group older.
-        "min_policy_version": min(
-            [
-                row["min_policy_version"]
-                for row in usable
-                if row["kind"] != TrajectoryKind.EXPERT.value
-            ],
-            default=guidance.policy_version,
-        ),
-        "step": guidance.step,
-        "gamma": guidance.gamma,
-        "alpha": guidance.alpha,
-        "method": group.method.value,
-        "status": str(group.status),
-        "num_on_policy": kinds.count(TrajectoryKind.ON_POLICY.value),
-        "num_mixed": kinds.count(TrajectoryKind.MIXED.value),
-        "num_expert": kinds.count(TrajectoryKind.EXPERT.value),
-        "num_hint_tokens": group.num_hint_tokens,
-        "hint_fraction": group.hint_fraction,
-        "error": group.error,
-        "created_at": now,
-    }
-    if insert_new(connection, RolloutGroup, [group_row]) == 0:
-        return False
-    insert_trajectories(connection, rows, group.trajectories)
-    add_to_version_stats(connection, rows)
-    return True
+    if not groups:
+        return []
+    task_ids = ensure_tasks(
+        connection,
+        groups[0].run_id,
+        [(one.content_key, one.task, one.created_at) for one in groups],
+    )
+    new_ids = _insert_group_rows(connection, groups, task_ids)
+    new = [one for one in groups if one.group_id in new_ids]
+    rows = [(*row, task_ids[one.content_key]) for one in new for row in one.details.trajectories]
+    inserts.trajectories.execute(connection, rows)
+    inserts.tokens.execute(connection, [row for one in new for row in one.details.tokens])
+    inserts.interventions.execute(
+        connection, [row for one in new for row in one.details.interventions]
+    )
+    add_version_sums(connection, [one.sums for one in new])
+    return [one.group_id in new_ids for one in groups]
+
+
+def _insert_group_rows(
+    connection: Connection, groups: Sequence[GroupRows], task_ids: dict[str, str]
+) -> set[str]:
+    """Insert the rows of `rollout_groups`; returns the ids of those that were not there."""
+    statement = _group_insert(connection.dialect.name)
+    rows = {one.group_id: one.group | {"task_id": task_ids[one.content_key]} for one in groups}
+    return set(connection.scalars(statement, [rows[key] for key in sorted(rows)]))
+
+
+@cache
+def _group_insert(dialect_name: str) -> ReturningInsert[tuple[str]]:
+    """One object for all calls: SQLAlchemy then recognises it without looking at every part."""
+    dialect = postgresql if dialect_name == "postgresql" else sqlite
+    statement: ReturningInsert[tuple[str]] = (
+        dialect.insert(RolloutGroup).on_conflict_do_nothing().returning(RolloutGroup.id)
+    )
+    return statement
+
+
+def insert_trajectories(
+    connection: Connection, values: Sequence[RowValues], items: Sequence[NewTrajectory]
+) -> None:
+    """Insert trajectories without a group, in the order of `items`: values with ids."""
+    inserts = DetailInserts(connection.dialect)
+    rows = inserts.rows([one | {"group_id": None} for one in values], items)
+    task_ids = [one["task_id"] for one in values]
+    inserts.trajectories.execute(
+        connection, [(*row, one) for row, one in zip(rows.trajectories, task_ids, strict=True)]
+    )
+    inserts.tokens.execute(connection, rows.tokens)
+    inserts.interventions.execute(connection, rows.interventions)
 
 
 def add_served(
@@ -111,7 +106,7 @@ def add_served(
     if connection.scalars(known).one_or_none() is not None:
         return False
     row = trajectory_row(item, run_id=run_id, now=now, version=0)
-    insert_trajectories(connection, [row | {"id": trajectory_id}], [item])
+    insert_trajectories(connection, [row | {"id": trajectory_id, "task_id": None}], [item])
     return True
 
 
@@ -145,128 +140,3 @@ def prune_tokens(connection: Connection, run_id: str, *, before: datetime) -> in
         delete(TrajectoryTokens).where(TrajectoryTokens.trajectory_id.in_(old))
     )
     return result.rowcount
-
-
-def insert_trajectories(
-    connection: Connection, rows: list[dict[str, Any]], items: Sequence[NewTrajectory]
-) -> None:
-    """Insert trajectory rows (in the order of `items`) with their tokens and interventions."""
-    if not rows:
-        return
-    connection.execute(insert(Trajectory), rows)
-    tokens = []
-    interventions: list[dict[str, Any]] = []
-    for row, item in zip(rows, items, strict=True):
-        if item.rollout is None:
-            continue
-        tokens.append(_token_row(row["id"], item, item.rollout))
-        interventions.extend(_intervention_rows(row["id"], item, item.rollout))
-    if tokens:
-        connection.execute(insert(TrajectoryTokens), tokens)
-    if interventions:
-        connection.execute(insert(InterventionRow), interventions)
-
-
-def trajectory_row(
-    item: NewTrajectory, *, run_id: str, now: datetime, version: int
-) -> dict[str, Any]:
-    """The columns of `trajectories` but the ids. Means are over the response's tokens."""
-    rollout, score = item.rollout, item.score
-    error = item.error
-    if error is None and rollout is None:
-        error = "no rollout"
-    if error is None and score is None and item.kind is not TrajectoryKind.SERVED:
-        error = "not scored"
-    row: dict[str, Any] = {
-        "run_id": run_id,
-        "kind": item.kind.value,
-        "sample_index": item.sample_index,
-        "status": "ok" if error is None else "failed",
-        "error": error,
-        "reward": None if score is None else finite(score.reward),
-        "accuracy": None if score is None else finite(score.accuracy),
-        "format_score": None if score is None else finite(score.format_score),
-        "num_prompt_tokens": len(item.prompt_token_ids),
-        "seed": item.seed,
-        "demonstration_id": item.demonstration_id,
-        "expert_model": item.expert_model,
-        "created_at": now,
-    }
-    return row | _measurements(item, version=version)
-
-
-def _measurements(item: NewTrajectory, *, version: int) -> dict[str, Any]:
-    rollout = item.rollout
-    if rollout is None:
-        return {
-            "text": item.text,
-            "num_tokens": 0,
-            "num_gated": 0,
-            "num_interventions": 0,
-            "mean_entropy": None,
-            "mean_weight": None,
-            "min_policy_version": version,
-            "max_policy_version": version,
-            "stop_reason": None,
-            "latency_s": None,
-            "expert_lost": False,
-        }
-    versions = rollout.policy_versions
-    # Whole expert trajectories have no gate, and the policy proposed nothing that was replaced.
-    is_expert = item.kind is TrajectoryKind.EXPERT
-    return {
-        "text": rollout.text if item.text is None else item.text,
-        "num_tokens": rollout.num_tokens,
-        "num_gated": 0 if is_expert else rollout.num_gated,
-        "num_interventions": 0 if is_expert else rollout.num_interventions,
-        "mean_entropy": _mean(rollout.entropies),
-        "mean_weight": _mean(rollout.weights),
-        "min_policy_version": int(versions.min()) if len(versions) else version,
-        "max_policy_version": int(versions.max()) if len(versions) else version,
-        "stop_reason": rollout.stop_reason.value,
-        "latency_s": finite(rollout.latency_s),
-        "expert_lost": rollout.expert_lost,
-    }
-
-
-def _mean(values: Any) -> float | None:
-    return finite(float(np.mean(values, dtype=np.float64))) if len(values) else None
-
-
-def finite(value: float | None) -> float | None:
-    """NULL for NaN: SQLite would store NULL by itself, PostgreSQL a NaN that sorts highest."""
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def _token_row(row_id: str, item: NewTrajectory, rollout: Rollout) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "trajectory_id": row_id,
-        "prompt_token_ids": encode(np.asarray(item.prompt_token_ids, dtype=np.int32)),
-    }
-    for attribute, column in ARRAY_COLUMNS.items():
-        values = getattr(rollout, attribute)
-        if len(values) != rollout.num_tokens:
-            raise StoreError(
-                f"expected {rollout.num_tokens} {attribute}, one for each token, got "
-                f"{len(values)} in trajectory {row_id}"
-            )
-        row[column] = encode(values)
-    return row
-
-
-def _intervention_rows(row_id: str, item: NewTrajectory, rollout: Rollout) -> list[dict[str, Any]]:
-    return [
-        {
-            "trajectory_id": row_id,
-            "position": one.position,
-            "proposed_token_id": one.proposed_token_id,
-            "proposed_text": item.token_texts.get(one.proposed_token_id),
-            "chosen_token_id": one.chosen_token_id,
-            "chosen_text": item.token_texts.get(one.chosen_token_id),
-            "entropy": finite(one.entropy),
-            "weight": finite(one.weight),
-            "policy_logprob": finite(one.policy_logprob),
-            "expert_logprob": finite(one.expert_logprob),
-        }
-        for one in rollout.interventions
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +15,9 @@ from mentor_serve.errors import StoreError
 from mentor_serve.store.models import Base, Event, RolloutGroup, Run, TaskRow
 from mentor_serve.store.records import EventRecord, StoredTask, new_id
 from mentor_serve.types import Task
+
+_MAX_KEYS_A_QUERY = 500
+"""Below what any build of SQLite or PostgreSQL takes as parameters of one statement."""
 
 SEVERITIES = ("info", "warning", "error")
 
@@ -69,28 +72,53 @@ def find_run(connection: Connection, name: str) -> str | None:
 def ensure_task(connection: Connection, run_id: str, task: Task, *, now: datetime) -> str:
     """The id of the task's row, inserted unless the run already has the same problem."""
     key = content_key(task)
-    same = select(TaskRow.id).where(TaskRow.run_id == run_id, TaskRow.content_key == key)
-    known = connection.scalars(same).one_or_none()
-    if known is not None:
-        return known
-    insert_new(
-        connection,
-        TaskRow,
-        [
-            {
-                "id": new_id(),
-                "run_id": run_id,
-                "source": task.source,
-                "prompt": task.prompt,
-                "answer": task.answer,
-                "split": task.split,
-                "metadata_json": task.metadata,
-                "content_key": key,
-                "created_at": now,
-            }
-        ],
-    )
-    return connection.scalars(same).one()
+    return ensure_tasks(connection, run_id, [(key, task, now)])[key]
+
+
+def ensure_tasks(
+    connection: Connection, run_id: str, tasks: Iterable[tuple[str, Task, datetime]]
+) -> dict[str, str]:
+    """Content key to id of the row; rows are inserted for problems that are new to the run.
+
+    Takes each task with its key and the time that it came. Keys are written in their order: two
+    transactions that meet never wait for each other in turn.
+    """
+    wanted = {key: (task, now) for key, task, now in tasks}
+    ids = _task_ids(connection, run_id, wanted)
+    missing = sorted(wanted.keys() - ids.keys())
+    if missing:
+        rows = [_task_row(run_id, key, *wanted[key]) for key in missing]
+        dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+        connection.execute(dialect.insert(TaskRow).on_conflict_do_nothing(), rows)
+        # Read again, not remembered: another collector may have been first with one of them.
+        ids |= _task_ids(connection, run_id, missing)
+    return ids
+
+
+def _task_ids(connection: Connection, run_id: str, keys: Iterable[str]) -> dict[str, str]:
+    ids: dict[str, str] = {}
+    wanted = list(keys)
+    for start in range(0, len(wanted), _MAX_KEYS_A_QUERY):
+        some = wanted[start : start + _MAX_KEYS_A_QUERY]
+        query = select(TaskRow.content_key, TaskRow.id).where(
+            TaskRow.run_id == run_id, TaskRow.content_key.in_(some)
+        )
+        ids |= {row[0]: row[1] for row in connection.execute(query)}
+    return ids
+
+
+def _task_row(run_id: str, key: str, task: Task, now: datetime) -> dict[str, Any]:
+    return {
+        "id": new_id(),
+        "run_id": run_id,
+        "source": task.source,
+        "prompt": task.prompt,
+        "answer": task.answer,
+        "split": task.split,
+        "metadata_json": task.metadata,
+        "content_key": key,
+        "created_at": now,
+    }
 
 
 def content_key(task: Task) -> str:

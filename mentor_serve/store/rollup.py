@@ -8,15 +8,19 @@ what `db prune` deletes stays in the curves. Functions over an open transaction.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Insert
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mentor_serve.store.models import VersionStats
 
 _KEY = ("run_id", "kind", "policy_version")
 _Sums = dict[str, Any]
+StatsKey = tuple[str, str, int]
+VersionSums = dict[StatsKey, _Sums]
+"""Run, kind and policy version to what is added to their sums."""
 
 
 def add_to_version_stats(connection: Connection, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -24,32 +28,49 @@ def add_to_version_stats(connection: Connection, rows: Iterable[Mapping[str, Any
 
     Keys are written in their order: two transactions that meet never wait for each other in turn.
     """
-    sums = _summed(rows)
-    if not sums:
-        return
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    add_version_sums(connection, [version_sums(rows)])
+
+
+def add_version_sums(connection: Connection, parts: Iterable[VersionSums]) -> None:
+    """Add what `version_sums` made of the rows that were inserted in this transaction."""
+    total: VersionSums = {}
+    for part in parts:
+        for key, sums in part.items():
+            _add(total, key, sums)
+    if total:
+        connection.execute(
+            _upsert(connection.dialect.name),
+            [dict(zip(_KEY, key, strict=True)) | total[key] for key in sorted(total)],
+        )
+
+
+@cache
+def _upsert(dialect_name: str) -> Insert:
+    """One object for all calls: SQLAlchemy then recognises it without looking at every part."""
+    dialect = postgresql if dialect_name == "postgresql" else sqlite
     statement = dialect.insert(VersionStats)
     table = VersionStats.__table__.columns
     added = {name: table[name] + statement.excluded[name] for name in _SUMMED}
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=_KEY, set_=added),
-        [sums[key] for key in sorted(sums)],
-    )
+    upsert: Insert = statement.on_conflict_do_update(index_elements=_KEY, set_=added)
+    return upsert
+
+
+def _add(into: VersionSums, key: StatsKey, terms: Mapping[str, Any]) -> None:
+    sums = into.setdefault(key, dict.fromkeys(_SUMMED, 0))
+    for name, value in terms.items():
+        sums[name] += value
 
 
 _SUMMED = tuple(column.name for column in VersionStats.__table__.columns if column.name not in _KEY)
 
 
-def _summed(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, int], _Sums]:
-    sums: dict[tuple[str, str, int], _Sums] = {}
+def version_sums(rows: Iterable[Mapping[str, Any]]) -> VersionSums:
+    """What rows of `trajectories` add to the sums; needs no database."""
+    total: VersionSums = {}
     for row in rows:
-        if row["status"] != "ok":
-            continue
-        key = (row["run_id"], row["kind"], row["min_policy_version"])
-        into = sums.setdefault(key, dict(zip(_KEY, key, strict=True)) | dict.fromkeys(_SUMMED, 0))
-        for name, value in _terms(row).items():
-            into[name] += value
-    return sums
+        if row["status"] == "ok":
+            _add(total, (row["run_id"], row["kind"], row["min_policy_version"]), _terms(row))
+    return total
 
 
 def _terms(row: Mapping[str, Any]) -> _Sums:

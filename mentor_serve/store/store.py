@@ -31,6 +31,7 @@ from mentor_serve.store import (
 )
 from mentor_serve.store.connection import open_engine, reading, shown, writing
 from mentor_serve.store.evaluations import EvaluationRecord
+from mentor_serve.store.group_rows import DetailInserts, GroupRows, group_rows
 from mentor_serve.store.models import PolicyVersion, Trajectory
 from mentor_serve.store.records import (
     DemonstrationAttempt,
@@ -76,6 +77,7 @@ class TrajectoryStore:
         self._engine = open_engine(
             url, pool_size=pool_size, timeout_s=timeout_s, read_only=read_only
         )
+        self._inserts = DetailInserts(self._engine.dialect)
 
     def close(self) -> None:
         """Close every connection; the store can be used again afterwards."""
@@ -127,8 +129,10 @@ class TrajectoryStore:
     def add_tasks(self, run_id: str, tasks: Iterable[Task]) -> list[str]:
         """The ids of the tasks, in their order; all or none are stored."""
         now = self._clock()
+        keyed = [(journal.content_key(task), task, now) for task in tasks]
         with self._write("adding tasks") as connection:
-            return [journal.ensure_task(connection, run_id, task, now=now) for task in tasks]
+            ids = journal.ensure_tasks(connection, run_id, keyed)
+        return [ids[key] for key, _, _ in keyed]
 
     def list_tasks(
         self,
@@ -203,8 +207,34 @@ class TrajectoryStore:
         Raises:
             StoreError: a status other than ready or failed, or arrays that do not fit together.
         """
-        with self._write("storing a group") as connection:
-            return groups.add_group(connection, run_id, group, now=self._clock())
+        return self.add_groups([self.group_rows(run_id, group)])[0]
+
+    def group_rows(
+        self, run_id: str, group: NewGroup, *, created_at: datetime | None = None
+    ) -> GroupRows:
+        """What `add_groups` takes: all that can be computed without the database.
+
+        Args:
+            run_id: run that the group belongs to.
+            group: the group.
+            created_at: when it was made; None is now.
+
+        Raises:
+            StoreError: a status other than ready or failed, or arrays that do not fit together.
+        """
+        now = created_at or self._clock()
+        return group_rows(run_id, group, now=now, inserts=self._inserts)
+
+    def add_groups(self, rows: Sequence[GroupRows]) -> list[bool]:
+        """Store groups of one run in one transaction; False for each that was there already.
+
+        Raises:
+            StoreUnavailable: the database is away, busy or full; whether they are stored is not
+                known, storing them again is safe.
+            StoreError: the database refuses one of them; none is stored.
+        """
+        with self._write("storing a group" if len(rows) == 1 else "storing groups") as connection:
+            return groups.add_groups(connection, rows, self._inserts)
 
     def lease_groups(
         self, run_id: str, *, num_groups: int, owner: str, lease_s: float
