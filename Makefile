@@ -18,7 +18,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres,lora,deepspeed,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres,export,lora,deepspeed,dev]'
 	touch $@
 
 setup: $(VENV)/.runtime ## Make the virtual environment that the service runs in

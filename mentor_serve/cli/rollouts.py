@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,15 +19,141 @@ from mentor_serve.cli.options import (
     out,
     overrides_of,
     print_json,
+    progress_bar,
+    settings_from,
 )
 from mentor_serve.errors import ConfigError
+from mentor_serve.types import TrajectoryKind
 
 app = typer.Typer(help="Stored rollouts and the updates made of them.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `replay` a subcommand although it is the only one."""
+class ExportFormat(StrEnum):
+    """What exported rollouts are written as."""
+
+    PARQUET = "parquet"
+    JSONL = "jsonl"
+
+
+class Status(StrEnum):
+    """Whether a trajectory could be sampled and scored."""
+
+    OK = "ok"
+    FAILED = "failed"
+
+
+@app.command()
+def export(  # noqa: PLR0913, PLR0917 - one parameter an option
+    to: Annotated[
+        Path, typer.Option("--out", help="File to make; one that is there is replaced at the end.")
+    ],
+    file_format: Annotated[
+        ExportFormat | None,
+        typer.Option("--format", help="Default: by the ending of --out.", show_default=False),
+    ] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Name; default: run_name.")] = None,
+    kind: Annotated[
+        list[TrajectoryKind] | None, typer.Option(help="Repeat it for several; default: all.")
+    ] = None,
+    min_version: Annotated[
+        int | None, typer.Option(min=0, help="Oldest policy version of a response's tokens.")
+    ] = None,
+    max_version: Annotated[
+        int | None, typer.Option(min=0, help="The same, at most; this one included.")
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stored then or later: 2026-01-31 or 2026-01-31T12:00Z."),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stored before; UTC where it has no zone.")
+    ] = None,
+    passed: Annotated[
+        bool | None,
+        typer.Option(
+            "--passed/--failed",
+            help="Accuracy 1, or below; default: both, and what was not scored.",
+            show_default=False,
+        ),
+    ] = None,
+    status: Annotated[
+        Status | None, typer.Option(help="`ok`: sampled and scored; default: failed ones too.")
+    ] = None,
+    with_tokens: Annotated[
+        bool,
+        typer.Option("--with-tokens/--no-tokens", help="Ids, log-probabilities, entropies, ..."),
+    ] = True,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most rows; the oldest go first.")
+    ] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write stored rollouts to a Parquet or JSONL file, one row a response, oldest first.
+
+    Each row has prompt, answer, completion, reward, what guided its group (policy_version, alpha,
+    gamma), the step that trained on it, its interventions, and its tokens. Safe beside a running
+    service; memory stays the same however many rows there are. The file appears when it is whole.
+
+    mentor-serve rollouts export --out solved.parquet --kind mixed --passed
+
+    docs/export.md has the columns and recipes for pandas, polars, datasets and torch.
+    """
+    settings = settings_from(config, assignments)
+    if run is not None:
+        settings = settings.model_copy(update={"run_name": run})
+    with progress_bar("exporting") as on_progress:
+        from mentor_serve.reports.rollouts import export_rollouts
+        from mentor_serve.store import TrajectoryFilter
+
+        selection = TrajectoryFilter(
+            kinds=tuple(kind or ()),
+            status=status,
+            min_version=min_version,
+            max_version=max_version,
+            since=_time("--since", since),
+            until=_time("--until", until),
+            is_passed=passed,
+        )
+        report = export_rollouts(
+            settings,
+            to,
+            selection=selection,
+            file_format=None if file_format is None else file_format.value,
+            with_tokens=with_tokens,
+            limit=limit,
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json(report)
+        return
+    number = report["num_trajectories"]
+    what = f"{number:,} trajectories" if number else "No trajectory fits: an empty table"
+    out.print(
+        f"{what} of run {report['run_name']} ({report['num_bytes'] / 1e6:.1f} MB) "
+        f"{'are' if number else 'is'} in {report['path']}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
+def _time(option: str, text: str | None) -> datetime | None:
+    """A time of ISO 8601, in UTC where it has no zone.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} {text}: expected a time such as 2026-01-31 or 2026-01-31T12:00Z"
+        ) from error
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
 
 
 @app.command()

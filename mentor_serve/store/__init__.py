@@ -26,11 +26,18 @@ from mentor_serve.store.records import (
 from mentor_serve.store.schema import SchemaState, require_current, upgrade
 from mentor_serve.store.schema import check as schema_state
 from mentor_serve.store.store import TrajectoryStore
+from mentor_serve.store.tables import (
+    ExportReport,
+    TrajectoryFilter,
+    TrajectoryReader,
+    export_trajectories,
+)
 
 __all__ = [
     "DemonstrationAttempt",
     "EvaluationRecord",
     "EventRecord",
+    "ExportReport",
     "LeasedGroup",
     "LeasedTrajectory",
     "MeasureRecord",
@@ -42,11 +49,14 @@ __all__ = [
     "StoredDemonstration",
     "StoredTask",
     "TrainingStatus",
+    "TrajectoryFilter",
+    "TrajectoryReader",
     "TrajectoryRecord",
     "TrajectoryStore",
     "UpdateRecord",
     "VersionRecord",
     "database_check",
+    "export_trajectories",
     "new_id",
     "require_current",
     "schema_state",

@@ -1,0 +1,174 @@
+"""Trajectories into one Parquet or JSONL file.
+
+The file appears under its name when it is complete and on the disk; an export that fails or is
+interrupted leaves nothing there, and a file that was there before stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+
+from mentor_serve.errors import StoreError
+from mentor_serve.store.tables.arrow import arrow_schema, arrow_table, load_pyarrow
+from mentor_serve.store.tables.reader import EVERYTHING, Row, TrajectoryFilter, TrajectoryReader
+
+FileFormat = Literal["parquet", "jsonl"]
+
+ROW_GROUP_BYTES = 64 << 20
+"""Of Arrow memory in a row group of Parquet: what a reader, and this writer, holds at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was written."""
+
+    path: Path
+    num_trajectories: int
+    num_tokens: int
+    """Of responses, whether their arrays were exported or not."""
+    num_bytes: int
+    """Size of the file."""
+
+
+class _RowWriter(Protocol):
+    def write(self, rows: list[Row]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def export_trajectories(
+    reader: TrajectoryReader,
+    path: Path,
+    *,
+    file_format: FileFormat,
+    selection: TrajectoryFilter = EVERYTHING,
+    with_tokens: bool = True,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ExportReport:
+    """Write trajectories, oldest first; replaces a file that is there.
+
+    Args:
+        reader: where from.
+        path: the file to make; its directory exists.
+        file_format: `parquet`, or `jsonl` (one object a line; NaN and infinity become null).
+        selection: which trajectories.
+        with_tokens: whether the arrays of tokens go with them.
+        limit: most trajectories.
+        on_progress: called with (trajectories written, trajectories to write).
+
+    Raises:
+        StoreError: the database cannot be read, the file cannot be written, or Parquet is asked for
+            without pyarrow.
+    """
+    if file_format == "parquet":
+        load_pyarrow()  # before anything is counted or opened
+    total = reader.count(selection)
+    total = total if limit is None else min(total, limit)
+    num_rows = num_tokens = 0
+    with _appearing_whole(path) as file:
+        writer: _RowWriter = (
+            _ParquetWriter(file, with_tokens=with_tokens)
+            if file_format == "parquet"
+            else _JsonLinesWriter(file)
+        )
+        for rows in reader.read_batches(selection, with_tokens=with_tokens, limit=limit):
+            writer.write(rows)
+            num_rows += len(rows)
+            num_tokens += sum(row["num_tokens"] for row in rows)
+            if on_progress is not None:
+                on_progress(num_rows, max(num_rows, total))
+        writer.close()
+    return ExportReport(
+        path=path,
+        num_trajectories=num_rows,
+        num_tokens=num_tokens,
+        num_bytes=path.stat().st_size,
+    )
+
+
+@contextmanager
+def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place at the end, or vanishes."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(
+            f"writing {path} failed: {error.strerror or error}; nothing was left there"
+        ) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class _ParquetWriter:
+    """Collects tables to row groups of about `ROW_GROUP_BYTES`."""
+
+    def __init__(self, file: BinaryIO, *, with_tokens: bool) -> None:
+        from pyarrow import parquet
+
+        self._pyarrow = load_pyarrow()
+        self._with_tokens = with_tokens
+        schema = arrow_schema(with_tokens=with_tokens)
+        self._writer = parquet.ParquetWriter(file, schema, compression="zstd")
+        self._waiting: list[Any] = []
+
+    def write(self, rows: list[Row]) -> None:
+        self._waiting.append(arrow_table(rows, with_tokens=self._with_tokens))
+        if sum(table.nbytes for table in self._waiting) >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(self._pyarrow.concat_tables(self._waiting))
+            self._waiting = []
+
+
+class _JsonLinesWriter:
+    """One object a line, keys in the order of the table."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, rows: list[Row]) -> None:
+        for row in rows:
+            pairs = (f"{json.dumps(name)}: {_json_text(value)}" for name, value in row.items())
+            self._file.write(f"{{{', '.join(pairs)}}}\n".encode())
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+def _json_text(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind != "f":
+            return json.dumps(value.tolist())
+        # The shortest digits that give back the same float32; as Python floats they were twice as
+        # long.
+        texts = np.where(np.isfinite(value), value.astype("U16"), "null")
+        return f"[{', '.join(texts.tolist())}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
+    if isinstance(value, datetime):
+        value = value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
