@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# tests/parallel.py says what may run beside what; 0 runs one test after the other.
+TEST_PROCESSES ?= 2
 # Ray collects usage statistics unless told not to; nothing here phones home.
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -28,7 +30,7 @@ run: setup ## Start everything: policy, expert, collector, learner, HTTP on :800
 	$(BIN)/mentor-serve up
 
 test: setup-dev check postgres-for-tests ## Run the checks and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --no-loadscope-reorder
 
 # The tests start a server of their own; without one those on PostgreSQL are skipped and say so.
 postgres-for-tests: ## Install a PostgreSQL server for the tests, where that is possible

@@ -19,6 +19,10 @@ from databases import (  # noqa: F401 (fixtures)
     url,
 )
 from hypothesis import settings
+from parallel import (  # noqa: F401 (hooks)
+    pytest_collection_modifyitems,
+    pytest_xdist_make_scheduler,
+)
 
 # A shared machine may pause any example for longer than the default limit of 200 ms.
 settings.register_profile("mentor", deadline=None)
