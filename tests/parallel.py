@@ -1,8 +1,8 @@
 """Which tests may run beside which, where `make test` runs them in two processes (pytest-xdist).
 
-Tests of one file stay together, because they share fixtures. Those that start the whole service,
-or a Ray cluster, stay together as well: two such at a time would outgrow a small machine. Both kinds
-come first, so that the rest fills the time that they wait.
+Tests of one file stay together, because they share fixtures. So do those that start the whole
+service, and those that start a Ray cluster: two of a kind at a time would outgrow a small machine.
+Both kinds come first, so that the rest fills the time that they wait.
 """
 
 from __future__ import annotations
