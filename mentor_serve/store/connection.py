@@ -104,7 +104,8 @@ def open_engine(
         return _open_sqlite(parsed, options, timeout_s=timeout_s, read_only=read_only)
     settings = f"-c lock_timeout={int(timeout_s * 1000)} -c timezone=UTC"
     if read_only:
-        settings += " -c default_transaction_read_only=on"
+        # Filters decide how many rows fit: a plan made without their values may read every row.
+        settings += " -c default_transaction_read_only=on -c plan_cache_mode=force_custom_plan"
     arguments = {
         "options": settings,
         "connect_timeout": max(2, math.ceil(timeout_s)),  # libpq takes 1 for 2

@@ -136,7 +136,13 @@ class RolloutGroup(Base):
         Index(None, "run_id", "status", "id"),
         Index(None, "run_id", "consumed_by_step"),
         Index(None, "run_id", "created_at"),
-        Index(None, "lease_owner"),
+        # Partial: a learner holds a handful of the groups that there are.
+        Index(
+            None,
+            "lease_owner",
+            sqlite_where=text("lease_owner IS NOT NULL"),
+            postgresql_where=text("lease_owner IS NOT NULL"),
+        ),
         Index(None, "task_id"),
     )
 
@@ -157,6 +163,8 @@ class RolloutGroup(Base):
     num_mixed: Mapped[int]
     num_expert: Mapped[int] = mapped_column(server_default="0")
     """Whole expert trajectories among the group's."""
+    num_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Response tokens of the group's trajectories: throughput is read from groups alone."""
     num_hint_tokens: Mapped[int | None]
     """Tokens of an expert trajectory that the prompt shows; NULL where it shows none."""
     hint_fraction: Mapped[float | None]
@@ -179,8 +187,9 @@ class Trajectory(Base):
         CheckConstraint("kind IN ('on_policy', 'mixed', 'expert', 'served')", name="kind"),
         CheckConstraint("status IN ('ok', 'failed')", name="status"),
         UniqueConstraint("group_id", "kind", "sample_index"),
-        Index(None, "run_id", "kind", "status", "min_policy_version"),
-        Index(None, "run_id", "id"),
+        # Lists of the newest: what they filter by is in the index, so that a filter which few
+        # rows pass walks index entries and not rows with their texts.
+        Index("ix_trajectories_listing", "run_id", "id", "kind", "accuracy", "num_interventions"),
         Index(None, "task_id"),
         # Partial: most runs have none.
         Index(

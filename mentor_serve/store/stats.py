@@ -328,6 +328,10 @@ class StatsReader:
             .limit(RECENT_TRAJECTORIES)
             .subquery()
         )
+        # Known beforehand, so that PostgreSQL reads a range of interventions and not all of them.
+        oldest = self._scalar(select(func.min(recent.c.id)))
+        if oldest is None:
+            return []
         i = InterventionRow
         pair = (i.proposed_token_id, i.proposed_text, i.chosen_token_id, i.chosen_text)
         query = (
@@ -339,6 +343,7 @@ class StatsReader:
                 func.avg(i.weight).label("mean_weight"),
             )
             .join(recent, recent.c.id == i.trajectory_id)
+            .where(i.trajectory_id >= oldest)
             .group_by(*pair)
             .order_by(func.count().desc(), *pair)
             .limit(limit)

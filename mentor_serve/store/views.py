@@ -1,4 +1,6 @@
-"""The views that users query, as SQL that SQLite and PostgreSQL both take.
+"""The views that users query: one text for SQLite and PostgreSQL wherever one will do.
+
+A text that has to differ is a mapping from dialect name to text; its columns are the same on both.
 
 Migrations import these texts, so a published text is history: never edit one. To change a view,
 add a `VIEWS_<revision>` with the new text, point `VIEWS` at the result, and let a new migration
@@ -12,6 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+
+ViewText = str | Mapping[str, str]
+"""SQL of one view, or dialect name to SQL."""
 
 _TRAINING_CURVE_0001 = """
 SELECT
@@ -124,7 +129,7 @@ FROM (
 GROUP BY s.run_id, s.step, s.policy_version, s.staleness
 """
 
-VIEWS_0001: Mapping[str, str] = MappingProxyType(
+VIEWS_0001: Mapping[str, ViewText] = MappingProxyType(
     {
         "v_training_curve": _TRAINING_CURVE_0001,
         "v_intervention_rate": _INTERVENTION_RATE_0001,
@@ -149,7 +154,7 @@ _TRAINING_CURVE_0002 = _TRAINING_CURVE_0001.replace(
 """,
 )
 
-VIEWS_0002: Mapping[str, str] = MappingProxyType(
+VIEWS_0002: Mapping[str, ViewText] = MappingProxyType(
     {**VIEWS_0001, "v_training_curve": _TRAINING_CURVE_0002}
 )
 """With the columns of `updates` that revision 0002 added."""
@@ -170,7 +175,7 @@ WHERE g.status <> 'failed'
 GROUP BY g.run_id, g.method
 """
 
-VIEWS_0003: Mapping[str, str] = MappingProxyType(
+VIEWS_0003: Mapping[str, ViewText] = MappingProxyType(
     {**VIEWS_0002, "v_guidance_methods": _GUIDANCE_METHODS_0003}
 )
 """With the methods that revision 0003 added to `rollout_groups`."""
@@ -205,22 +210,56 @@ FROM version_stats s
 WHERE s.kind = 'on_policy' AND s.num_scored > 0
 """
 
-VIEWS_0005: Mapping[str, str] = MappingProxyType(
+_THROUGHPUT_0005 = """
+SELECT
+    g.run_id,
+    {hour} AS hour,
+    COUNT(*) AS num_groups,
+    CAST(SUM(g.num_on_policy + g.num_mixed + g.num_expert) AS BIGINT) AS num_trajectories,
+    CAST(SUM(g.num_tokens) AS BIGINT) AS num_tokens
+FROM rollout_groups g
+GROUP BY g.run_id, {hour}
+"""
+
+# A time like every other one: text of the same form in SQLite, an instant in PostgreSQL.
+_HOUR_0005 = {
+    "sqlite": "STRFTIME('%Y-%m-%dT%H:00:00.000000Z', g.created_at)",
+    "postgresql": "DATE_TRUNC('hour', g.created_at, 'UTC')",
+}
+
+VIEWS_0005: Mapping[str, ViewText] = MappingProxyType(
     {
         **VIEWS_0003,
         "v_intervention_rate": _INTERVENTION_RATE_0005,
         "v_pass_rate": _PASSED_0005,
+        "v_throughput": MappingProxyType(
+            {name: _THROUGHPUT_0005.format(hour=hour) for name, hour in _HOUR_0005.items()}
+        ),
     }
 )
-"""The curves over versions read the running sums that revision 0005 added."""
+"""Curves over versions read the running sums of revision 0005, throughput its tokens of groups."""
 
-VIEWS: Mapping[str, str] = VIEWS_0005
+VIEWS: Mapping[str, ViewText] = VIEWS_0005
 """Name to text at the newest revision."""
 
 
-def create_statement(name: str, *, views: Mapping[str, str] = VIEWS) -> str:
-    """The CREATE VIEW statement of `name`; KeyError where there is no such view."""
-    return f"CREATE VIEW {name} AS {views[name].strip()}"
+def create_statement(
+    name: str, *, views: Mapping[str, ViewText] = VIEWS, dialect: str | None = None
+) -> str:
+    """The CREATE VIEW statement of `name`.
+
+    Raises:
+        KeyError: there is no such view.
+        ValueError: its text depends on the database, and `dialect` is neither of the two.
+    """
+    text = views[name]
+    if not isinstance(text, str):
+        if dialect is None or dialect not in text:
+            raise ValueError(
+                f"expected one of {', '.join(text)} as dialect of view {name}, got {dialect!r}"
+            )
+        text = text[dialect]
+    return f"CREATE VIEW {name} AS {text.strip()}"
 
 
 def drop_statement(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Running sums by policy version; how many groups were pruned.
+"""Running sums by policy version, tokens of groups, how many groups were pruned, leaner indexes.
 
 Revision 0005.
 """
@@ -43,6 +43,49 @@ GROUP BY run_id, kind, min_policy_version
 """
 
 
+_COUNT_TOKENS = """
+UPDATE rollout_groups
+SET num_tokens = (
+    SELECT COALESCE(SUM(t.num_tokens), 0)
+    FROM trajectories t
+    WHERE t.group_id = rollout_groups.id
+)
+"""
+
+_LEASED = sa.text("lease_owner IS NOT NULL")
+
+
+def _change_indexes() -> None:
+    # Lists of the newest filter within the index; curves by version are read from version_stats.
+    op.drop_index("ix_trajectories_run_id_kind_status_min_policy_version", "trajectories")
+    op.drop_index("ix_trajectories_run_id_id", "trajectories")
+    op.create_index(
+        "ix_trajectories_listing",
+        "trajectories",
+        ["run_id", "id", "kind", "accuracy", "num_interventions"],
+    )
+    op.drop_index("ix_rollout_groups_lease_owner", "rollout_groups")
+    op.create_index(
+        "ix_rollout_groups_lease_owner",
+        "rollout_groups",
+        ["lease_owner"],
+        sqlite_where=_LEASED,
+        postgresql_where=_LEASED,
+    )
+
+
+def _restore_indexes() -> None:
+    op.drop_index("ix_rollout_groups_lease_owner", "rollout_groups")
+    op.create_index("ix_rollout_groups_lease_owner", "rollout_groups", ["lease_owner"])
+    op.drop_index("ix_trajectories_listing", "trajectories")
+    op.create_index("ix_trajectories_run_id_id", "trajectories", ["run_id", "id"])
+    op.create_index(
+        "ix_trajectories_run_id_kind_status_min_policy_version",
+        "trajectories",
+        ["run_id", "kind", "status", "min_policy_version"],
+    )
+
+
 def upgrade() -> None:
     """Change the schema."""
     op.add_column(
@@ -71,15 +114,26 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("run_id", "kind", "policy_version", name="pk_version_stats"),
     )
     op.execute(_FILL)
+    op.add_column(
+        "rollout_groups",
+        sa.Column("num_tokens", sa.BigInteger(), server_default="0", nullable=False),
+    )
+    op.execute(_COUNT_TOKENS)
+    _change_indexes()
     for name in _CHANGED_VIEWS:
         op.execute(drop_statement(name))
         op.execute(create_statement(name, views=VIEWS_0005))
+    dialect = op.get_context().dialect.name
+    op.execute(create_statement("v_throughput", views=VIEWS_0005, dialect=dialect))
 
 
 def downgrade() -> None:
     """Undo `upgrade`."""
+    op.execute(drop_statement("v_throughput"))
     for name in _CHANGED_VIEWS:
         op.execute(drop_statement(name))
         op.execute(create_statement(name, views=VIEWS_0003))
+    _restore_indexes()
+    op.drop_column("rollout_groups", "num_tokens")
     op.drop_table("version_stats")
     op.drop_column("runs", "num_pruned_groups")
