@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -19,6 +20,8 @@ from mentor_serve.settings import Settings, load_settings
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+PROGRESS_INTERVAL_S = 10.0
+"""Between lines of progress where standard error is no terminal."""
 
 ConfigOption = Annotated[
     list[Path] | None,
@@ -76,14 +79,33 @@ def libraries_on_stderr() -> redirect_stdout[TextIO]:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error where that is a terminal; call what it yields with (done, total).
+    """Progress on standard error; call what it yields with (done, total).
 
-    Includes `libraries_on_stderr`.
+    A bar on a terminal; elsewhere a line every `PROGRESS_INTERVAL_S`. Includes
+    `libraries_on_stderr`.
     """
     console = Console(stderr=True)
+    lines = _progress_lines(label)
     with (
         libraries_on_stderr(),
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         bar = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+        yield (
+            (lambda done, total: progress.update(bar, completed=done, total=total))
+            if console.is_terminal
+            else lines
+        )
+
+
+def _progress_lines(label: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_INTERVAL_S:
+            last = now
+            typer.echo(f"{label}: {done:,} of {total:,}", err=True)
+
+    return report

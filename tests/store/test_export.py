@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from store_samples import demonstration, group, rollout, task, trajectory
 
 from mentor_serve.errors import StoreError
@@ -23,6 +23,7 @@ from mentor_serve.store import (
     export_trajectories,
     new_id,
 )
+from mentor_serve.store.connection import open_engine, writing
 from mentor_serve.store.models import InterventionRow, Trajectory, TrajectoryTokens
 from mentor_serve.store.tables import reader as reader_module
 from mentor_serve.store.tables.columns import ARRAYS, COLUMNS, INTERVENTION
@@ -167,9 +168,13 @@ def test_what_is_stored_while_reading_is_left_out(reader, store, filled, monkeyp
     assert reader.count() == 15
 
 
-def test_pruned_arrays_are_null_and_the_row_stays(reader, store, filled, clock):
-    store.mark_stale(filled, min_policy_version=2)
-    store.prune_tokens(filled, before=clock())
+def test_pruned_arrays_are_null_and_the_row_stays(reader, url, filled):
+    old = select(Trajectory.id).where(Trajectory.min_policy_version < 2)
+    pruned = delete(TrajectoryTokens).where(TrajectoryTokens.trajectory_id.in_(old))
+    engine = open_engine(url)
+    with writing(engine, url, doing="pruning") as connection:
+        connection.execute(pruned)
+    engine.dispose()
     table = reader.to_arrow()
     assert table.num_rows == 12
     assert table["token_ids"].null_count == 6
@@ -355,8 +360,6 @@ def test_a_database_that_cannot_be_read_is_a_store_error(tmp_path):
 def test_pages_are_found_through_an_index(store, url, filled):
     if not url.startswith("sqlite"):
         pytest.skip("the planner of PostgreSQL scans a table this small")
-    from mentor_serve.store.connection import open_engine
-
     query = (
         select(Trajectory.id)
         .where(*TrajectoryFilter(run_id=filled).conditions(), Trajectory.id > "0")

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from mentor_serve.store.tables.arrow import arrow_schema, arrow_table, load_pyar
 from mentor_serve.store.tables.reader import EVERYTHING, Row, TrajectoryFilter, TrajectoryReader
 
 FileFormat = Literal["parquet", "jsonl"]
+_Write = Callable[[list[Row]], None]
 
 ROW_GROUP_BYTES = 64 << 20
 """Of Arrow memory in a row group of Parquet: what a reader, and this writer, holds at once."""
@@ -38,12 +40,6 @@ class ExportReport:
     """Of responses, whether their arrays were exported or not."""
     num_bytes: int
     """Size of the file."""
-
-
-class _RowWriter(Protocol):
-    def write(self, rows: list[Row]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def export_trajectories(
@@ -76,19 +72,16 @@ def export_trajectories(
     total = reader.count(selection)
     total = total if limit is None else min(total, limit)
     num_rows = num_tokens = 0
-    with _appearing_whole(path) as file:
-        writer: _RowWriter = (
-            _ParquetWriter(file, with_tokens=with_tokens)
-            if file_format == "parquet"
-            else _JsonLinesWriter(file)
-        )
+    opened = (
+        partial(_parquet_rows, with_tokens=with_tokens) if file_format == "parquet" else _json_lines
+    )
+    with _appearing_whole(path) as file, opened(file) as write:
         for rows in reader.read_batches(selection, with_tokens=with_tokens, limit=limit):
-            writer.write(rows)
+            write(rows)
             num_rows += len(rows)
             num_tokens += sum(row["num_tokens"] for row in rows)
             if on_progress is not None:
                 on_progress(num_rows, max(num_rows, total))
-        writer.close()
     return ExportReport(
         path=path,
         num_trajectories=num_rows,
@@ -100,63 +93,58 @@ def export_trajectories(
 @contextmanager
 def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place at the end, or vanishes."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        unfinished.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise StoreError(
             f"writing {path} failed: {error.strerror or error}; nothing was left there"
         ) from error
     except BaseException:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
-class _ParquetWriter:
+@contextmanager
+def _parquet_rows(file: BinaryIO, *, with_tokens: bool) -> Iterator[_Write]:
     """Collects tables to row groups of about `ROW_GROUP_BYTES`."""
+    from pyarrow import parquet
 
-    def __init__(self, file: BinaryIO, *, with_tokens: bool) -> None:
-        from pyarrow import parquet
+    pa = load_pyarrow()
+    schema = arrow_schema(with_tokens=with_tokens)
+    waiting: list[Any] = []
+    # Left by an exception it still has to be closed before the file is.
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
 
-        self._pyarrow = load_pyarrow()
-        self._with_tokens = with_tokens
-        schema = arrow_schema(with_tokens=with_tokens)
-        self._writer = parquet.ParquetWriter(file, schema, compression="zstd")
-        self._waiting: list[Any] = []
+        def flush() -> None:
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
 
-    def write(self, rows: list[Row]) -> None:
-        self._waiting.append(arrow_table(rows, with_tokens=self._with_tokens))
-        if sum(table.nbytes for table in self._waiting) >= ROW_GROUP_BYTES:
-            self._flush()
+        def write(rows: list[Row]) -> None:
+            waiting.append(arrow_table(rows, with_tokens=with_tokens))
+            if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES:
+                flush()
 
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(self._pyarrow.concat_tables(self._waiting))
-            self._waiting = []
+        yield write
+        flush()
 
 
-class _JsonLinesWriter:
+@contextmanager
+def _json_lines(file: BinaryIO) -> Iterator[_Write]:
     """One object a line, keys in the order of the table."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def write(self, rows: list[Row]) -> None:
+    def write(rows: list[Row]) -> None:
         for row in rows:
             pairs = (f"{json.dumps(name)}: {_json_text(value)}" for name, value in row.items())
-            self._file.write(f"{{{', '.join(pairs)}}}\n".encode())
+            file.write(f"{{{', '.join(pairs)}}}\n".encode())
 
-    def close(self) -> None:
-        """Nothing is held back."""
+    yield write
 
 
 def _json_text(value: Any) -> str:
