@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.dml import ReturningInsert
 
@@ -26,10 +26,10 @@ from mentor_serve.store.group_rows import (
     trajectory_row,
 )
 from mentor_serve.store.journal import ensure_tasks
-from mentor_serve.store.models import RolloutGroup, Trajectory, TrajectoryTokens
+from mentor_serve.store.models import RolloutGroup, Trajectory
 from mentor_serve.store.records import NewTrajectory
 from mentor_serve.store.rollup import add_version_sums
-from mentor_serve.types import GroupStatus, Score, TrajectoryKind
+from mentor_serve.types import Score, TrajectoryKind
 
 __all__ = ["ARRAY_COLUMNS", "finite", "trajectory_row"]
 
@@ -49,7 +49,8 @@ def add_groups(
         [(one.content_key, one.task, one.created_at) for one in groups],
     )
     new_ids = _insert_group_rows(connection, groups, task_ids)
-    new = [one for one in groups if one.group_id in new_ids]
+    is_new = _first_of_each(groups, new_ids)
+    new = [one for one, is_first in zip(groups, is_new, strict=True) if is_first]
     rows = [(*row, task_ids[one.content_key]) for one in new for row in one.details.trajectories]
     inserts.trajectories.execute(connection, rows)
     inserts.tokens.execute(connection, [row for one in new for row in one.details.tokens])
@@ -57,7 +58,17 @@ def add_groups(
         connection, [row for one in new for row in one.details.interventions]
     )
     add_version_sums(connection, [one.sums for one in new])
-    return [one.group_id in new_ids for one in groups]
+    return is_new
+
+
+def _first_of_each(groups: Sequence[GroupRows], new_ids: set[str]) -> list[bool]:
+    """Whether each group is the first of its id, and was not stored before."""
+    seen: set[str] = set()
+    is_first = []
+    for one in groups:
+        is_first.append(one.group_id in new_ids and one.group_id not in seen)
+        seen.add(one.group_id)
+    return is_first
 
 
 def _insert_group_rows(
@@ -122,21 +133,3 @@ def score_served(connection: Connection, trajectory_id: str, score: Score) -> bo
         )
     )
     return result.rowcount == 1
-
-
-def prune_tokens(connection: Connection, run_id: str, *, before: datetime) -> int:
-    """Delete the arrays of groups that nobody will train on any more."""
-    finished = [GroupStatus.CONSUMED.value, GroupStatus.STALE.value, GroupStatus.FAILED.value]
-    old = (
-        select(Trajectory.id)
-        .join(RolloutGroup, RolloutGroup.id == Trajectory.group_id)
-        .where(
-            RolloutGroup.run_id == run_id,
-            RolloutGroup.status.in_(finished),
-            RolloutGroup.created_at < before,
-        )
-    )
-    result = connection.execute(
-        delete(TrajectoryTokens).where(TrajectoryTokens.trajectory_id.in_(old))
-    )
-    return result.rowcount
