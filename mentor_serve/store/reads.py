@@ -11,12 +11,11 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Select, and_, case, func, select
+from sqlalchemy import Connection, Select, func, select
 
 from mentor_serve.store import journal, leases, training
 from mentor_serve.store.encoding import decode
 from mentor_serve.store.models import (
-    Base,
     InterventionRow,
     PolicyVersion,
     RolloutGroup,
@@ -25,9 +24,10 @@ from mentor_serve.store.models import (
     Trajectory,
     TrajectoryTokens,
     Update,
+    VersionStats,
 )
 from mentor_serve.store.records import TrainingStatus, TrajectoryRecord
-from mentor_serve.types import GroupStatus, TrajectoryKind
+from mentor_serve.types import TrajectoryKind
 
 _RECENT_UPDATES = 10
 _PASS_RATE_VERSIONS = 5
@@ -87,25 +87,18 @@ def _recent_means(connection: Connection, run_id: str) -> tuple[float | None, ..
 
 
 def _pass_rate(connection: Connection, run_id: str, *, newest_first: bool) -> float | None:
-    version = Trajectory.min_policy_version
-    counted = and_(
-        Trajectory.run_id == run_id,
-        Trajectory.kind == TrajectoryKind.ON_POLICY.value,
-        Trajectory.status == "ok",
+    version = VersionStats.policy_version
+    versions = (
+        select(VersionStats.num_passed, VersionStats.num_scored)
+        .where(VersionStats.run_id == run_id, VersionStats.kind == TrajectoryKind.ON_POLICY.value)
+        .order_by(version.desc() if newest_first else version)
+        .limit(_PASS_RATE_VERSIONS)
+        .subquery()
     )
-    # The versions first, from the index alone: a whole view would read every trajectory.
-    versions = list(
-        connection.scalars(
-            select(version)
-            .where(counted)
-            .distinct()
-            .order_by(version.desc() if newest_first else version)
-            .limit(_PASS_RATE_VERSIONS)
-        )
-    )
-    passed = case((Trajectory.accuracy >= 1, 1.0), else_=0.0)
-    rate = connection.scalars(select(func.avg(passed)).where(counted, version.in_(versions))).one()
-    return None if rate is None else float(rate)
+    passed, scored = connection.execute(
+        select(func.sum(versions.c.num_passed), func.sum(versions.c.num_scored))
+    ).one()
+    return float(passed) / float(scored) if scored else None
 
 
 def _groups_per_minute(
@@ -166,66 +159,3 @@ def tokens(connection: Connection, trajectory_id: str) -> dict[str, NDArray[Any]
     if row is None:
         return None
     return {name: decode(value) for name, value in row.items() if name != "trajectory_id"}
-
-
-def find_problems(connection: Connection, *, now: datetime) -> dict[str, Any]:
-    """Counts of every table and everything that should not be; see `store.database_check`."""
-    counts = {
-        name: connection.scalars(select(func.count()).select_from(table)).one()
-        for name, table in sorted(Base.metadata.tables.items())
-    }
-    problems: list[str] = []
-    if connection.dialect.name == "sqlite":
-        problems += [
-            f"integrity: {row[0]}"
-            for row in connection.exec_driver_sql("PRAGMA integrity_check")
-            if row[0] != "ok"
-        ]
-        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
-        problems += [f"row {row[1]} of {row[0]} refers to a missing {row[2]}" for row in broken]
-    for text, query in _ORPHANS.items():
-        number = connection.scalars(query).one()
-        if number:
-            problems.append(f"{number} {text}")
-    expired = connection.scalars(
-        select(func.count())
-        .select_from(RolloutGroup)
-        .where(RolloutGroup.status == GroupStatus.LEASED.value, RolloutGroup.lease_expires_at < now)
-    ).one()
-    return {"ok": not problems, "problems": problems, "counts": counts, "expired_leases": expired}
-
-
-def _number_of(table: type[Base]) -> Select[int]:
-    return select(func.count()).select_from(table)
-
-
-_ORPHANS: dict[str, Select[int]] = {
-    "consumed groups without the update that consumed them": _number_of(RolloutGroup).where(
-        RolloutGroup.status == GroupStatus.CONSUMED.value,
-        ~select(Update.step)
-        .where(Update.run_id == RolloutGroup.run_id, Update.step == RolloutGroup.consumed_by_step)
-        .exists(),
-    ),
-    "groups that are neither leased nor free of a lease": _number_of(RolloutGroup).where(
-        (RolloutGroup.status == GroupStatus.LEASED.value)
-        != (RolloutGroup.lease_owner.is_not(None)),
-    ),
-    "trainable groups without a usable trajectory": _number_of(RolloutGroup).where(
-        RolloutGroup.status.in_([GroupStatus.READY.value, GroupStatus.LEASED.value]),
-        ~select(Trajectory.id)
-        .where(Trajectory.group_id == RolloutGroup.id, Trajectory.status == "ok")
-        .exists(),
-    ),
-    "usable trajectories of unconsumed groups without tokens": _number_of(Trajectory).where(
-        Trajectory.status == "ok",
-        select(RolloutGroup.id)
-        .where(
-            RolloutGroup.id == Trajectory.group_id,
-            RolloutGroup.status.in_([GroupStatus.READY.value, GroupStatus.LEASED.value]),
-        )
-        .exists(),
-        ~select(TrajectoryTokens.trajectory_id)
-        .where(TrajectoryTokens.trajectory_id == Trajectory.id)
-        .exists(),
-    ),
-}

@@ -229,7 +229,7 @@ def test_the_check_finds_what_is_wrong(store, run_id, leased, url):
         )
     report = database_check(url)
     assert report["ok"] is False
-    assert report["problems"] == [
+    assert [problem.split(";")[0] for problem in report["problems"]] == [
         "2 consumed groups without the update that consumed them",
         "1 usable trajectories of unconsumed groups without tokens",
     ]
