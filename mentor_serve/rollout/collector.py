@@ -144,10 +144,10 @@ class Collector:
             self._recorder.close()
 
     async def _resume(self, stop: asyncio.Event) -> None:
-        """Move the source beyond the tasks that the run has groups of."""
+        """Move the source beyond the tasks that the run has, or had, groups of."""
         while not stop.is_set():
             try:
-                num_groups = sum((await self._recorder.count_groups()).values())
+                num_groups = await self._recorder.count_groups_ever()
             except Exception as error:  # boundary: the store may fail in any way
                 await self._count_failed(error, stop)
                 continue

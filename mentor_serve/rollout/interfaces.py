@@ -55,6 +55,9 @@ class GroupStore(DemonstrationStore, Protocol):
     def count_groups(self, run_id: str) -> dict[str, int]:
         """Return the number of groups by status."""
 
+    def count_groups_ever(self, run_id: str) -> int:
+        """Return how many groups the run ever had, pruned ones included."""
+
     def add_event(
         self,
         run_id: str,

@@ -53,6 +53,10 @@ class Recorder:
         """Return the number of groups by status; raises whatever the store raises."""
         return await self._call(lambda: self.store.count_groups(self.run_id))
 
+    async def count_groups_ever(self) -> int:
+        """Return how many groups the run ever had; raises whatever the store raises."""
+        return await self._call(lambda: self.store.count_groups_ever(self.run_id))
+
     async def count_ready(self) -> int:
         """Return how many groups wait for the learner."""
         return (await self.count_groups()).get(GroupStatus.READY.value, 0)

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, updat
 
 from mentor_serve.store.encoding import decode
 from mentor_serve.store.groups import ARRAY_COLUMNS
-from mentor_serve.store.models import RolloutGroup, Trajectory, TrajectoryTokens
+from mentor_serve.store.models import RolloutGroup, Run, Trajectory, TrajectoryTokens
 from mentor_serve.store.records import LeasedGroup, LeasedTrajectory
 from mentor_serve.types import GroupStatus, StopReason, TrajectoryKind
 
@@ -183,3 +183,10 @@ def count(connection: Connection, run_id: str) -> dict[str, int]:
         .group_by(RolloutGroup.status)
     )
     return {status.value: 0 for status in GroupStatus} | {row[0]: row[1] for row in rows}
+
+
+def count_ever(connection: Connection, run_id: str) -> int:
+    """Number of groups that the run ever had: those that are there and those that were pruned."""
+    there = select(func.count()).select_from(RolloutGroup).where(RolloutGroup.run_id == run_id)
+    pruned = select(func.sum(Run.num_pruned_groups)).where(Run.id == run_id)
+    return connection.scalars(there).one() + (connection.scalars(pruned).one() or 0)

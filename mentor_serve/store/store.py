@@ -286,6 +286,11 @@ class TrajectoryStore:
         with self._read("counting groups") as connection:
             return leases.count(connection, run_id)
 
+    def count_groups_ever(self, run_id: str) -> int:
+        """Number of groups that the run ever had, those included that were pruned."""
+        with self._read("counting groups") as connection:
+            return leases.count_ever(connection, run_id)
+
     # Demonstrations
 
     def add_demonstrations(self, run_id: str, task: Task, items: Sequence[NewDemonstration]) -> int:
@@ -434,15 +439,6 @@ class TrajectoryStore:
         """One trajectory with its tokens and interventions, ready for JSON; None if unknown."""
         with self._read("reading a trajectory") as connection:
             return reads.trajectory_document(connection, trajectory_id)
-
-    def prune_tokens(self, run_id: str, *, before: datetime) -> int:
-        """Delete the per-token arrays of finished groups stored before; returns how many.
-
-        What a learner may still take is kept. Rows of `trajectories`, with text, rewards and
-        counts, and `interventions` stay. SQLite reuses the space, the file does not shrink.
-        """
-        with self._write("pruning tokens") as connection:
-            return groups.prune_tokens(connection, run_id, before=before)
 
     def training_status(self, run_id: str) -> TrainingStatus:
         """Where the run stands.

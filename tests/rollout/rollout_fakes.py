@@ -135,6 +135,7 @@ class MemoryStore:
         self.rejects: Callable[[NewGroup], bool] = lambda group: False
         self.num_ready: int | None = None
         self.num_consumed = 0
+        self.num_pruned = 0
 
     def add_group(self, run_id: str, group: NewGroup) -> bool:
         if self.failures:
@@ -158,6 +159,9 @@ class MemoryStore:
         ready = sum(group.status == "ready" for group in self.groups) - self.num_consumed
         ready = ready if self.num_ready is None else self.num_ready
         return {"ready": ready, "consumed": self.num_consumed}
+
+    def count_groups_ever(self, run_id: str) -> int:
+        return sum(self.count_groups(run_id).values()) + self.num_pruned
 
     def add_event(
         self, run_id: str, *, kind: str, severity: str, message: str, details: Any = None

@@ -20,6 +20,7 @@ from mentor_serve.rollout.collector import Collector, CollectorConfig, GroupStor
 from mentor_serve.rollout.prompts import PromptRenderer
 from mentor_serve.rollout.verifiers import VerifierPool
 from mentor_serve.store import TrajectoryStore, upgrade
+from mentor_serve.store.prune import PrunePlan, prune
 from mentor_serve.types import Guidance, Rollout, RolloutRequest, StopReason, TrajectoryKind
 
 FAST = {"first_backoff_s": 0.001, "longest_backoff_s": 0.01, "concurrent_groups": 2}
@@ -263,7 +264,7 @@ def test_a_failing_count_of_ready_groups_is_tried_again() -> None:
 
     def count_groups(run_id: str) -> dict[str, int]:
         calls.append(1)
-        if len(calls) in (1, 3):
+        if len(calls) in (1, 3):  # when it resumes, and before a group
             raise StoreError("no connection")
         return original(run_id)
 
@@ -315,6 +316,13 @@ def test_a_new_collector_goes_on_behind_the_groups_that_the_run_has() -> None:
     assert scene.memory.groups[0].task.prompt in {"problem 7", "problem 8"}
 
 
+def test_a_new_collector_goes_on_behind_the_groups_that_were_pruned() -> None:
+    scene = Scene(num_collectors=2, concurrent_groups=2)
+    scene.memory.num_ready, scene.memory.num_consumed, scene.memory.num_pruned = 0, 2, 7
+    scene.run_until(lambda: scene.counts["groups_ready"] >= 1)
+    assert scene.memory.groups[0].task.prompt in {"problem 7", "problem 8"}
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -349,3 +357,18 @@ def test_groups_reach_a_real_database(tmp_path: Path) -> None:
         rewards = [t.reward for t in group.trajectories]
         assert rewards == pytest.approx([1.0, 0.1, 0.1, 1.0, 0.1])
         assert group.gamma == pytest.approx(0.8)
+
+
+def test_tasks_of_pruned_groups_do_not_come_again(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'mentor.db'}"
+    upgrade(url)
+    with TrajectoryStore(url) as store:
+        run_id = store.open_run("run", {})
+        for _ in range(3):
+            scene = Scene(store=store, run_id=run_id)
+            scene.run_until(lambda scene=scene: scene.counts["groups_ready"] >= 3)
+            store.mark_stale(run_id, min_policy_version=10**6)
+            prune(url, PrunePlan(what="groups", keep_days=0, pause_s=0))
+            assert sum(store.count_groups(run_id).values()) == 0
+        # The same problem would be the same row.
+        assert store.count_groups_ever(run_id) == len(store.list_tasks(run_id)) >= 9

@@ -9,6 +9,7 @@ from store_samples import PROMPT, demonstration, expert_rollout, group, task, tr
 
 from mentor_serve.errors import StoreError
 from mentor_serve.store import NewTrajectory, TrajectoryStore, database_check, new_id
+from mentor_serve.store.prune import PrunePlan, prune
 from mentor_serve.types import GuidanceMethod, StopReason, TrajectoryKind
 
 EXPERT = "embedded:expert"
@@ -161,12 +162,13 @@ def test_counts_of_gates_and_interventions_leave_expert_trajectories_out(store, 
     assert database_check(url)["ok"]
 
 
-def test_pruning_keeps_demonstrations(store, run_id, clock):
+def test_pruning_keeps_demonstrations(store, run_id, clock, url):
     item = demonstration()
     store.add_demonstrations(run_id, task(), [item])
     store.add_group(run_id, dataclasses.replace(luffy_group(item), status="failed", error="x"))
     clock.advance(60)
-    assert store.prune_tokens(run_id, before=clock.now) == 3
+    done = prune(url, PrunePlan(what="tokens", keep_days=0), now=clock.now)
+    assert done.num_token_rows == 3
     assert len(attempts(store, run_id)) == 1
 
 

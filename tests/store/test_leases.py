@@ -9,6 +9,7 @@ from pathlib import Path
 from store_samples import group
 
 from mentor_serve.store import TrajectoryStore, database_check
+from mentor_serve.store.prune import PrunePlan, prune
 
 HERE = Path(__file__).parent
 
@@ -228,12 +229,13 @@ time.sleep(60)
         assert lease_ids(store, run_id, 2, owner="next") == ids
 
 
-def test_old_tokens_of_finished_groups_can_be_pruned(store, run_id, clock):
+def test_old_tokens_of_finished_groups_can_be_pruned(store, run_id, clock, url):
     add_groups(store, run_id, 1, version=0)
     add_groups(store, run_id, 1, version=1)
     store.mark_stale(run_id, min_policy_version=1)
     clock.advance(60)
-    assert store.prune_tokens(run_id, before=clock.now) == 1
+    done = prune(url, PrunePlan(what="tokens", keep_days=0), now=clock.now)
+    assert done.num_token_rows == 1
     assert len(store.trajectories(run_id)) == 2
     assert len(lease_ids(store, run_id, 1)) == 1
 
