@@ -60,11 +60,14 @@ def parse_url(url: str) -> URL:
     """
     try:
         parsed = make_url(url.replace("postgres://", "postgresql://", 1))
-    except ArgumentError as error:
+    except (ArgumentError, ValueError):
+        # Not "from" it: where the password holds an "@", a part of it is taken for the port and
+        # quoted.
         raise StoreError(
             "expected a database URL such as sqlite:////var/lib/mentor/mentor.db or "
-            "postgresql://user:password@host/mentor, got something else; correct store.url"
-        ) from error
+            "postgresql://user:password@host/mentor, got something else; correct store.url "
+            "(special characters of a password are percent-encoded: %40 for @)"
+        ) from None
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
