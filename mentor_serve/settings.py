@@ -395,6 +395,11 @@ class Settings(_Section):
         return self.home.resolve() / "checkpoints" / self.run_name
 
     @property
+    def spool_dir(self) -> Path:
+        """Groups of this run that wait for the database, a folder for each collector."""
+        return self.home.resolve() / "spool" / self.run_name
+
+    @property
     def logs_dir(self) -> Path:
         """Where log files lie."""
         return self.home.resolve() / "logs"

@@ -18,3 +18,10 @@ class StoreSettings(BaseModel):
     pool_size: PositiveInt = 5
     timeout_s: PositiveFloat = 30.0
     """How long a statement waits for a lock or a connection."""
+    spool_max_mb: PositiveInt = 1024
+    """Disk that each collector may use, under `spool/` of the state directory, for groups that wait
+    while the database is away. When it is full, collection waits."""
+    buffer_groups: PositiveInt = 64
+    """Groups that each collector holds in memory on their way to the database, ..."""
+    buffer_mb: PositiveInt = 64
+    """... and their size. Above either, collection waits for the database or the spool."""

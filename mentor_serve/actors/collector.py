@@ -17,6 +17,8 @@ from mentor_serve.rollout.collector import Collector, CollectorConfig
 from mentor_serve.rollout.prompts import PromptRenderer
 from mentor_serve.rollout.strategies import GuidanceConfig, HintSchedule
 from mentor_serve.settings import Settings
+from mentor_serve.store.spool import Spool
+from mentor_serve.store.writer import WriterLimits
 from mentor_serve.types import (
     Guidance,
     GuidanceMethod,
@@ -97,7 +99,27 @@ def collector_config(settings: Settings, *, index: int = 0, count: int = 1) -> C
         # One batch in training and one waiting: enough to never starve the learner, and young
         # enough that nothing passes max_staleness.
         max_ready_groups=2 * learner.prompts_per_step if learner.enabled else None,
+        # While nobody trains: as many as can still be trained on afterwards.
+        max_away_groups=max(2, learner.max_staleness + 1) * learner.prompts_per_step,
+        writer_limits=WriterLimits(
+            max_buffered_groups=settings.store.buffer_groups,
+            max_buffered_bytes=settings.store.buffer_mb << 20,
+        ),
     )
+
+
+def open_spool(settings: Settings, *, index: int, count: int) -> Spool:
+    """The spool of a collector, with what collectors left that the settings no longer have.
+
+    Raises:
+        StoreUnavailable: the directory cannot be made or read.
+    """
+    root = settings.spool_dir
+    spool = Spool(root / str(index), max_bytes=settings.store.spool_max_mb << 20)
+    for other in root.iterdir():
+        if other.name.isdigit() and int(other.name) >= count and int(other.name) % count == index:
+            spool.take_from(other)
+    return spool
 
 
 class CollectorReplica:
@@ -122,6 +144,7 @@ class CollectorReplica:
             store=self._store,
             run_id=self._run_id,
             config=collector_config(settings, index=index, count=count),
+            spool=open_spool(settings, index=index, count=count),
         )
         self._stop = asyncio.Event()
         loop = asyncio.get_event_loop()

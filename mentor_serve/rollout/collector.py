@@ -2,9 +2,10 @@
 
 Contract: while `run` runs, up to `concurrent_groups` groups are under way. Each becomes one
 transaction. Nothing the engine, a verifier or the database does ends the loop: a verifier's failure
-is a failed trajectory, an engine's failure a failed group and a pause, a database's failure a retry
-of the same group, an expert's failure a group without it. Only what the user configured wrongly is
-raised, when the collector is built or the loop starts.
+is a failed trajectory, an engine's failure a failed group and a pause, an expert's failure a group
+without it. While the database is away groups go to the spool (docs/durability.md); when that is
+full, collection waits. Only what the user configured wrongly is raised, when the collector is built
+or the loop starts.
 
 What a group consists of is the strategy's decision (`rollout.strategies`). Pure asyncio: no Ray, no
 SQL; blocking calls to the source and the store run in their own threads.
@@ -38,7 +39,9 @@ from mentor_serve.rollout.recorder import Recorder
 from mentor_serve.rollout.strategies import Occasion, build_strategy
 from mentor_serve.rollout.tasks.sources import TaskSource
 from mentor_serve.rollout.verifiers.pool import VerifierPool
+from mentor_serve.store.outage import Outage
 from mentor_serve.store.records import new_id
+from mentor_serve.store.spool import Spool
 from mentor_serve.types import Guidance, Task
 
 __all__ = ["Collector", "CollectorConfig", "GroupSampler", "GroupStore"]
@@ -51,6 +54,8 @@ _COUNTERS = (
     "groups_ready",
     "groups_failed",
     "groups_dropped",
+    "groups_rejected",
+    "groups_spooled",
     "groups_without_expert",
     "trajectories",
     "trajectories_failed",
@@ -60,7 +65,6 @@ _COUNTERS = (
     "demonstrations_reused",
     "verifier_errors",
     "engine_errors",
-    "store_errors",
     "expert_lost",
 )
 
@@ -78,8 +82,19 @@ class Collector:
         store: GroupStore,
         run_id: str,
         config: CollectorConfig,
+        spool: Spool | None = None,
     ) -> None:
         """Start nothing yet.
+
+        Args:
+            sampler: the engines.
+            source: where tasks come from.
+            renderer: tasks to prompts, rollouts to text.
+            verifier_pool: scores responses.
+            store: the trajectory store.
+            run_id: run that is collected for.
+            config: sizes, budgets, guidance.
+            spool: where groups wait while the database is away; None lets them wait in memory.
 
         Raises:
             ConfigError: the guidance does not fit the size of the groups.
@@ -91,7 +106,15 @@ class Collector:
         self._run_id = run_id
         self._config = config
         self._strategy = build_strategy(config.guidance, config.shape, renderer)
-        self._recorder = Recorder(store, run_id, new_backoff=self._new_backoff)
+        self._recorder = Recorder(
+            store,
+            run_id,
+            new_backoff=self._new_backoff,
+            spool=spool,
+            limits=config.writer_limits,
+            outage=Outage(first_s=config.first_backoff_s),
+            num_collectors=config.num_collectors,
+        )
         self._counts = self._recorder.counts
         self._demonstrations = Demonstrations(
             config=config,
@@ -100,7 +123,12 @@ class Collector:
             renderer=renderer,
             judge=self._judge,
         )
-        self._pacer = Pacer(self._recorder.count_ready, max_ready_groups=config.max_ready_groups)
+        self._pacer = Pacer(
+            self._recorder.count_ready,
+            max_ready_groups=config.max_ready_groups,
+            max_away_groups=config.max_away_groups,
+            is_store_away=lambda: self._recorder.is_store_away,
+        )
         self._engine_backoff = self._new_backoff()
         self._expert_is_lost = False
         # A thread of its own: sources are not thread-safe.
@@ -109,14 +137,23 @@ class Collector:
     def counters(self) -> dict[str, int]:
         """Return counts since the collector was built, and the state of the moment.
 
-        `groups_ready`, `groups_failed`, `groups_dropped`, `groups_without_expert` (wanted an expert
-        trajectory or a hint, got none), `trajectories`, `trajectories_failed`, `tokens`;
+        `groups_ready`, `groups_failed`, `groups_dropped`, `groups_rejected` (refused by the
+        database, kept as files), `groups_spooled` (had to wait on disk), `groups_without_expert`
+        (wanted an expert trajectory or a hint, got none), `trajectories`, `trajectories_failed`,
+        `tokens`;
         `demonstrations_generated`, of these `demonstrations_failed`, `demonstrations_reused`;
         `verifier_errors`, `engine_errors`, `store_errors`, `expert_lost` (rollouts, or groups
         without their demonstrations); `in_flight`, `is_waiting` (1: the queue is full), `waited_s`
-        (whole seconds).
+        (whole seconds); `spool_groups`, `spool_bytes` (wait on disk now), `is_store_away`,
+        `is_spool_full` (1: neither database nor spool takes groups).
         """
+        writer = self._recorder.writer_status()
         return {name: self._counts[name] for name in _COUNTERS} | {
+            "store_errors": self._counts["store_errors"] + writer.num_failures,
+            "spool_groups": writer.num_spooled,
+            "spool_bytes": writer.spooled_bytes,
+            "is_store_away": int(self._recorder.is_store_away),
+            "is_spool_full": int(writer.is_full),
             "in_flight": self._pacer.num_in_flight,
             "is_waiting": int(self._pacer.is_waiting),
             "waited_s": int(self._pacer.waited_s),
@@ -129,6 +166,7 @@ class Collector:
             ConfigError: the verifier cannot be built.
         """
         await self._verifier_pool.start()
+        self._recorder.start()
         await self._resume(stop)
         lanes = [
             asyncio.create_task(self._lane(stop)) for _ in range(self._config.concurrent_groups)
@@ -141,7 +179,7 @@ class Collector:
                 lane.cancel()
             await asyncio.gather(*lanes, return_exceptions=True)
             self._source_thread.shutdown(wait=False, cancel_futures=True)
-            self._recorder.close()
+            await self._recorder.close()
 
     async def _resume(self, stop: asyncio.Event) -> None:
         """Move the source beyond the tasks that the run has, or had, groups of."""
@@ -155,7 +193,8 @@ class Collector:
                 # Beyond what was under way when the process died: those tasks may have been
                 # sampled out of order, and the same seed would draw the same rollouts again.
                 share = -(-num_groups // self._config.num_collectors)
-                position = share + self._config.concurrent_groups
+                spooled = self._recorder.writer_status().num_spooled
+                position = share + spooled + self._config.concurrent_groups
                 self._source.restore({"position": max(position, self._source.state()["position"])})
             return
 

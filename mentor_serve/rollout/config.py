@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mentor_serve.errors import ConfigError
 from mentor_serve.rollout.strategies import GroupShape, GuidanceConfig
+from mentor_serve.store.writer import WriterLimits
 from mentor_serve.types import SamplingParams
 
 
@@ -31,6 +32,10 @@ class CollectorConfig:
     """Collectors of the run; each resumes its own share of the task sequence."""
     max_ready_groups: int | None = None
     """Ready groups at which collection waits for the learner; None never waits."""
+    max_away_groups: int | None = None
+    """The same while the store is away and nobody trains; None is `max_ready_groups`."""
+    writer_limits: WriterLimits = field(default_factory=WriterLimits)
+    """Bounds of what is on its way to the store."""
     sample_timeout_s: float = 600.0
     """How long the engine may take for a group, and the expert for its solutions."""
     stop_timeout_s: float = 10.0

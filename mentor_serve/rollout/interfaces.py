@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from mentor_serve.store.records import (
     DemonstrationAttempt,
     NewDemonstration,
-    NewGroup,
     StoredDemonstration,
 )
+from mentor_serve.store.writer import GroupDatabase
 from mentor_serve.types import Guidance, Rollout, RolloutRequest, Task
 
 
@@ -46,25 +46,11 @@ class DemonstrationStore(Protocol):
         """Return scored attempts with their tokens, in the order of `ids`."""
 
 
-class GroupStore(DemonstrationStore, Protocol):
+class GroupStore(DemonstrationStore, GroupDatabase, Protocol):
     """The part of the trajectory store that a collector uses."""
-
-    def add_group(self, run_id: str, group: NewGroup) -> Any:
-        """Store a group in one transaction; storing it again changes nothing."""
 
     def count_groups(self, run_id: str) -> dict[str, int]:
         """Return the number of groups by status."""
 
     def count_groups_ever(self, run_id: str) -> int:
         """Return how many groups the run ever had, pruned ones included."""
-
-    def add_event(
-        self,
-        run_id: str,
-        *,
-        kind: str,
-        severity: str,
-        message: str,
-        details: dict[str, Any] | None = None,
-    ) -> Any:
-        """Record something an operator should know."""

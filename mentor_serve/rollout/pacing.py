@@ -19,6 +19,8 @@ class Pacer:
 
     What is collected too early is stale before it is trained on, so the store's queue is kept
     short. Counting under way what is not stored yet, the bound holds exactly for one collector.
+    While the store is away nobody trains, and the bound may be a wider one: as many groups as can
+    still be trained on afterwards.
     """
 
     def __init__(
@@ -26,11 +28,23 @@ class Pacer:
         count_ready: Callable[[], Awaitable[int]],
         *,
         max_ready_groups: int | None,
+        max_away_groups: int | None = None,
+        is_store_away: Callable[[], bool] = lambda: False,
         poll_s: float = 0.25,
     ) -> None:
-        """Take an awaitable count of the groups that wait; None as the maximum admits always."""
+        """Take an awaitable count of the groups that wait; None as the maximum admits always.
+
+        Args:
+            count_ready: asked before every admission.
+            max_ready_groups: groups that wait or are under way at most.
+            max_away_groups: the same while the store is away; None is no difference.
+            is_store_away: asked after `count_ready`.
+            poll_s: time between two counts while the queue is full.
+        """
         self._count_ready = count_ready
         self._max_ready_groups = max_ready_groups
+        self._max_away_groups = max_away_groups
+        self._is_store_away = is_store_away
         self._poll_s = poll_s
         self._lock = asyncio.Lock()
         self.num_in_flight = 0
@@ -63,7 +77,10 @@ class Pacer:
         if self._max_ready_groups is None:
             return True
         in_flight = self.num_in_flight
-        return in_flight + await self._count_ready() < self._max_ready_groups
+        num_groups = in_flight + await self._count_ready()
+        if self._max_away_groups is not None and self._is_store_away():
+            return num_groups < self._max_away_groups
+        return num_groups < self._max_ready_groups
 
 
 class Backoff:

@@ -22,6 +22,7 @@ class Outage:
         self._since: float | None = None
         self._retry_at = 0.0
         self._num_failures = 0
+        self.num_failures_ever = 0
         self.reason: str | None = None
         """What the database last said; None while it answers."""
 
@@ -50,6 +51,7 @@ class Outage:
         # Bounded exponent: 2.0 ** n overflows after a thousand failures.
         pause_s = min(self._first_s * 2.0 ** min(self._num_failures, 20), self._longest_s)
         self._num_failures += 1
+        self.num_failures_ever += 1
         self._retry_at = now + pause_s
         return is_first
 

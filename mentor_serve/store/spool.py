@@ -7,6 +7,7 @@ nothing, so a process may die anywhere in between, and two processes may even sh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -77,6 +78,18 @@ class Spool:
                 except FileNotFoundError:
                     continue
         self._sizes = sizes
+
+    def take_from(self, other: Path) -> int:
+        """Move the files of another spool in here; returns how many there were."""
+        moved = 0
+        for path in sorted(other.glob(f"*{_SUFFIX}")):
+            with contextlib.suppress(FileNotFoundError):  # its owner was faster
+                os.replace(path, self.directory / path.name)
+                moved += 1
+        if moved:
+            sync_directory(self.directory)
+            self.scan()
+        return moved
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether a file of this size may come; an empty spool takes one of any size."""

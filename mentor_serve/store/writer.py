@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import structlog
 
@@ -77,7 +77,9 @@ class WriterStatus:
     is_full: bool
     """Whether neither the database nor the spool takes groups: collection waits."""
     num_rejected: int
-    """Since the writer was made."""
+    """Since the writer was made, as is `num_failures`."""
+    num_failures: int
+    """Times that the database was asked in vain."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -100,7 +102,7 @@ class GroupWriter:
         limits: WriterLimits | None = None,
         outage: Outage | None = None,
     ) -> None:
-        """Start the thread; it first stores what a former process left in the spool.
+        """Nothing happens before `start`.
 
         Args:
             database: where groups belong.
@@ -125,9 +127,13 @@ class GroupWriter:
         if spool is not None:
             self._replay = SpoolReplay(database, run_id, spool, on_rejected=self._note_rejected)
         self._thread = threading.Thread(target=self._run, name="group-writer", daemon=True)
-        self._thread.start()
 
     # Any thread
+
+    def start(self) -> Self:
+        """Start the thread; it first stores what a former process left in the spool."""
+        self._thread.start()
+        return self
 
     def add(self, group: NewGroup) -> Outcome:
         """Store a group; returns when that is certain, or when the group was refused for good.
@@ -164,6 +170,7 @@ class GroupWriter:
             spooled_bytes=0 if spool is None else spool.num_bytes,
             is_full=self._is_full,
             num_rejected=self._num_rejected,
+            num_failures=self._outage.num_failures_ever,
         )
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -174,7 +181,8 @@ class GroupWriter:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
         self._give_up(StoreError("the writer was closed before the group could be stored"))
 
     def _has_room(self, item: _Item) -> bool:

@@ -137,14 +137,16 @@ class MemoryStore:
         self.num_consumed = 0
         self.num_pruned = 0
 
-    def add_group(self, run_id: str, group: NewGroup) -> bool:
+    def group_rows(self, run_id: str, group: NewGroup, *, created_at: Any = None) -> Any:
+        return group
+
+    def add_groups(self, groups: Sequence[Any]) -> None:
         if self.failures:
             raise self.failures.pop(0)
-        if self.rejects(group):
+        if any(self.rejects(group) for group in groups):
             raise ValueError("this group cannot be written")
-        if all(group.group_id != known.group_id for known in self.groups):
-            self.groups.append(group)
-        return True
+        known = {group.group_id for group in self.groups}
+        self.groups += [group for group in groups if group.group_id not in known]
 
     def add_demonstrations(self, run_id: str, task: Task, items: Any) -> int:
         raise NotImplementedError

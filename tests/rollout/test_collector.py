@@ -1,6 +1,6 @@
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,19 @@ from rollout_fakes import (
     make_rollout,
 )
 
-from mentor_serve.errors import ConfigError, EngineError, InvalidRequest, StoreError
+from mentor_serve.errors import (
+    ConfigError,
+    EngineError,
+    InvalidRequest,
+    StoreError,
+    StoreUnavailable,
+)
 from mentor_serve.rollout.collector import Collector, CollectorConfig, GroupStore
 from mentor_serve.rollout.prompts import PromptRenderer
 from mentor_serve.rollout.verifiers import VerifierPool
 from mentor_serve.store import TrajectoryStore, upgrade
 from mentor_serve.store.prune import PrunePlan, prune
+from mentor_serve.store.spool import Spool
 from mentor_serve.types import Guidance, Rollout, RolloutRequest, StopReason, TrajectoryKind
 
 FAST = {"first_backoff_s": 0.001, "longest_backoff_s": 0.01, "concurrent_groups": 2}
@@ -36,6 +43,7 @@ class Scene:
         run_id: str = "run",
         verifier: str = "sample_rewards:exact",
         respond: Callable[[RolloutRequest, int], Rollout] | None = None,
+        spool: Spool | None = None,
         **config: Any,
     ) -> None:
         options = {"num_on_policy": 3, "num_mixed": 2} | FAST | config
@@ -52,6 +60,7 @@ class Scene:
             store=self.store,
             run_id=run_id,
             config=CollectorConfig(**options),
+            spool=spool,
         )
 
     @property
@@ -242,7 +251,7 @@ def test_a_source_that_raises_does_not_end_the_loop() -> None:
 
 def test_a_group_is_kept_until_the_store_takes_it() -> None:
     scene = Scene(concurrent_groups=1)
-    scene.memory.failures = [StoreError("database is locked")] * 7
+    scene.memory.failures = [StoreUnavailable("database is locked")] * 7
     scene.run_until(lambda: scene.counts["groups_ready"] >= 2)
     assert scene.memory.groups[0].task.prompt == "problem 0"
     assert scene.counts["store_errors"] == 7
@@ -271,6 +280,69 @@ def test_a_failing_count_of_ready_groups_is_tried_again() -> None:
     scene.memory.count_groups = count_groups  # type: ignore[method-assign]
     scene.run_until(lambda: scene.counts["groups_ready"] >= 2)
     assert scene.counts["store_errors"] == 2
+
+
+class StoreThatGoesAway:
+    """A real store and a switch."""
+
+    def __init__(self, store: TrajectoryStore) -> None:
+        self._store = store
+        self.is_away = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_away and name != "group_rows":
+            raise StoreUnavailable("the server closed the connection")
+        return getattr(self._store, name)
+
+
+@pytest.fixture
+def real_store(tmp_path: Path) -> Iterator[tuple[TrajectoryStore, str]]:
+    url = f"sqlite:///{tmp_path / 'mentor.db'}"
+    upgrade(url)
+    with TrajectoryStore(url) as store:
+        yield store, store.open_run("run", {})
+
+
+def test_collection_goes_on_while_the_store_is_away_but_not_for_ever(
+    real_store: tuple[TrajectoryStore, str], tmp_path: Path
+) -> None:
+    store, run_id = real_store
+    switch = StoreThatGoesAway(store)
+    spool = Spool(tmp_path / "spool", max_bytes=10**8)
+    scene = Scene(
+        store=switch,  # type: ignore[arg-type]
+        run_id=run_id,
+        spool=spool,
+        max_ready_groups=3,
+        max_away_groups=7,
+    )
+
+    def seven_at_hand() -> bool:
+        ready = store.count_groups(run_id)["ready"]
+        if ready == 3 and not switch.is_away:
+            switch.is_away = True
+        return ready + spool.num_groups == 7 and scene.counts["is_waiting"] == 1
+
+    scene.run_until(seven_at_hand)
+    assert store.count_groups(run_id)["ready"] == 3
+    assert (spool.num_groups, scene.counts["spool_groups"]) == (4, 4)
+    assert scene.counts["groups_spooled"] == 4
+    assert scene.counts["is_store_away"] == 1
+    assert scene.counts["groups_ready"] == 7
+    assert scene.counts["groups_dropped"] == 0
+    assert scene.counts["store_errors"] > 0
+
+    # The next process stores what this one left, and goes on behind it.
+    switch.is_away = False
+    after = Scene(
+        store=store,
+        run_id=run_id,
+        spool=Spool(spool.directory, max_bytes=10**8),
+        max_ready_groups=9,
+    )
+    after.run_until(lambda: store.count_groups(run_id)["ready"] == 9)
+    assert len(store.list_tasks(run_id)) == 9
+    assert after.counts["spool_groups"] == 0
 
 
 def test_a_lost_expert_is_recorded_once_and_so_is_its_return() -> None:

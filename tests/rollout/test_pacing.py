@@ -44,6 +44,37 @@ def test_ready_groups_hold_back_new_ones_until_the_learner_takes_them() -> None:
     asyncio.run(run())
 
 
+def test_another_limit_holds_while_the_store_is_away() -> None:
+    async def run() -> None:
+        queue = Queue()
+        queue.ready, is_away = 3, True
+        pacer = Pacer(
+            queue.count,
+            max_ready_groups=3,
+            max_away_groups=5,
+            is_store_away=lambda: is_away,
+            poll_s=0.001,
+        )
+        stop = asyncio.Event()
+        assert await pacer.admit(stop)
+        assert await pacer.admit(stop)
+        third = asyncio.create_task(pacer.admit(stop))
+        await asyncio.sleep(0.02)
+        assert not third.done()
+        pacer.finish()
+        pacer.finish()
+        assert await third
+        pacer.finish()
+        is_away = False
+        fourth = asyncio.create_task(pacer.admit(stop))
+        await asyncio.sleep(0.02)
+        assert not fourth.done()
+        queue.ready = 2
+        assert await fourth
+
+    asyncio.run(run())
+
+
 def test_a_stop_ends_all_who_wait() -> None:
     async def run() -> None:
         queue = Queue()

@@ -247,6 +247,15 @@ def test_rejected_files_have_their_reason_beside_them(spool):
     assert {moved.parent, kept.parent} == {spool.rejected_directory}
 
 
+def test_a_spool_takes_over_another_one_in_order(spool, tmp_path):
+    orphan = Spool(tmp_path / "orphan", max_bytes=1000)
+    orphan.put("old", b"1")
+    spool.put("new", b"2")
+    assert spool.take_from(orphan.directory) == 1
+    assert spool.take_from(orphan.directory) == spool.take_from(tmp_path / "nothing") == 0
+    assert names(spool) == ["old", "new"]
+
+
 def test_files_put_back_by_hand_are_seen(spool):
     kept = spool.reject("again", b"2", "a table was missing")
     os.replace(kept, spool.directory / kept.name)

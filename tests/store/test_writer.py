@@ -69,7 +69,7 @@ def spool(tmp_path):
 def writing(database, run_id, spool, **options):
     writer = GroupWriter(
         database, run_id, spool=spool, outage=Outage(first_s=0.005, longest_s=0.02), **options
-    )
+    ).start()
     try:
         yield writer
     finally:
