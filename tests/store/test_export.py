@@ -231,6 +231,19 @@ def test_large_exports_have_several_row_groups(reader, filled, tmp_path, monkeyp
     assert pq.read_table(report.path)["id"].to_pylist() == [row["id"] for row in rows(reader)]
 
 
+def test_parquet_splits_floats_of_tokens_by_byte(reader, filled, tmp_path):
+    metadata = pq.ParquetFile(export(reader, tmp_path / "all.parquet").path).metadata.row_group(0)
+    encodings = {
+        metadata.column(i).path_in_schema: metadata.column(i).encodings
+        for i in range(metadata.num_columns)
+    }
+    for name, kind in ARRAYS.items():
+        is_split = "BYTE_STREAM_SPLIT" in encodings[f"{name}.list.element"]
+        assert is_split == (kind == "float32"), name
+    assert "RLE_DICTIONARY" in encodings["prompt"]
+    assert "RLE_DICTIONARY" in encodings["interventions.list.element.chosen_text"]
+
+
 def test_jsonl_is_strict_json_and_nan_is_null(reader, store, filled, tmp_path):
     add_served(store, filled)
     report = export(reader, tmp_path / "all.jsonl")
