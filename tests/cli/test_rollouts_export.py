@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 from cli_outcome import Outcome
@@ -146,3 +148,29 @@ def test_progress_is_lines_where_there_is_no_terminal(
     outcome = run("rollouts", "export", "--out", str(tmp_path / "x.jsonl"), "--json")
     assert "exporting: 20 of 36\nexporting: 36 of 36\n" in outcome.err
     assert json.loads(outcome.out)["num_trajectories"] == NUM_ROWS
+
+
+def _recipes() -> list[Any]:
+    guide = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    return [pytest.param(block, id=block.split()[1]) for block in blocks]
+
+
+@pytest.mark.parametrize("recipe", _recipes())
+def test_recipes_of_the_guide(
+    run: Run,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "import polars" in recipe:
+        pytest.importorskip("polars")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".mentor").symlink_to(trained)
+    exported(run, tmp_path / "rollouts.parquet")
+    capsys.readouterr()
+    exec(compile(recipe, "docs/export.md", "exec"), {})
+    assert capsys.readouterr().out
