@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 import structlog
@@ -13,10 +14,11 @@ from mentor_serve.actors import names
 from mentor_serve.actors.detached import fingerprint
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
 from mentor_serve.actors.weight_store import RayBroadcaster
-from mentor_serve.errors import WeightsError
+from mentor_serve.errors import StoreUnavailable, WeightsError
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.settings import Settings
 from mentor_serve.store import TrajectoryStore, VersionRecord
+from mentor_serve.store.outage import Outage
 from mentor_serve.telemetry import Tracker, open_tracker
 from mentor_serve.weights import Broadcaster
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from mentor_serve.learner.backends import RankOptions
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 _STARTING = "starting"
 """`LearnerPhase.STARTING`, before there is a learner whose modules could say so."""
@@ -172,7 +176,7 @@ class LearnerActor:
     def _run(self) -> None:
         try:
             learner, tracker = self._build()
-            learner.start()
+            self._patiently(learner.start)
             learner.run(self._stop)
             learner.close()
             tracker.close()
@@ -186,8 +190,9 @@ class LearnerActor:
 
         settings = self._settings
         enter_process(settings, role="learner", num_threads=settings.learner.num_threads)
-        prepare_state(settings)
-        learner = build_learner(settings, open_store(settings), RayBroadcaster(settings))
+        self._patiently(lambda: prepare_state(settings))
+        store = open_store(settings)
+        learner = self._patiently(lambda: build_learner(settings, store, RayBroadcaster(settings)))
         tracker = open_tracker(
             settings.telemetry.tracker,
             directory=settings.home / "trackers" / settings.run_name,
@@ -200,6 +205,19 @@ class LearnerActor:
             if self._is_paused:
                 learner.pause()
         return learner, tracker
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """What `call` returns; a store that is away is waited for, until the learner is stopped."""
+        outage = Outage()
+        while True:
+            try:
+                return call()
+            except StoreUnavailable as error:
+                if self._stop.is_set():
+                    raise
+                if outage.fail(error):
+                    log.warning("learner_waits_for_the_store", error=str(error))
+                self._stop.wait(outage.wait_s)
 
     def status(self) -> dict[str, Any]:
         """The learner's `LearnerStatus`, and `fatal_error` where its loop ended with one."""

@@ -17,6 +17,7 @@ from mentor_serve.actors import names
 from mentor_serve.actors.detached import find_actor, kill_actor, retire_outdated
 from mentor_serve.actors.evaluator import ensure_evaluator
 from mentor_serve.actors.learner import ensure_learner
+from mentor_serve.errors import StoreError
 from mentor_serve.settings import Settings
 from mentor_serve.store import TrajectoryStore
 
@@ -77,13 +78,16 @@ class Supervisor:
 
     async def _replace(self, problem: str) -> None:
         log.error("actor_replaced", actor=self._name, problem=problem)
-        await asyncio.to_thread(
-            self._store.add_event,
-            self._run_id,
-            kind=f"{self._name}_replaced",
-            severity="error",
-            message=problem.splitlines()[0],
-        )
+        try:
+            await asyncio.to_thread(
+                self._store.add_event,
+                self._run_id,
+                kind=f"{self._name}_replaced",
+                severity="error",
+                message=problem.splitlines()[0],
+            )
+        except StoreError as error:
+            log.warning("event_not_stored", kind=f"{self._name}_replaced", error=str(error))
         kill_actor(self._name)
         self._has_answered = False
 

@@ -3,7 +3,8 @@
 Contract: every group is consumed by at most one committed update, and none is lost, wherever the
 process dies (docs/training.md has the argument). The store's newest version is the truth; disk and
 memory follow it. A step never starts before the current version is published. An exception in a
-step leaves an event, gives the groups back and brings the model back to the truth.
+step leaves an event, gives the groups back and brings the model back to the truth. While the store
+is away the learner waits; a commit that was cut off is looked for afterwards, never applied twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mentor_serve.errors import StoreUnavailable
 from mentor_serve.learner.archive import LearnerArchive, PolicyLoader
 from mentor_serve.learner.backends.base import TrainingBackend
 from mentor_serve.learner.config import LearnerConfig
@@ -22,6 +24,7 @@ from mentor_serve.learner.guards import DirectoryLock
 from mentor_serve.learner.journal import Journal, last_line
 from mentor_serve.learner.records import LearnerPhase, LearnerStatus, LearnerStore
 from mentor_serve.learner.trainer import Trainer
+from mentor_serve.store.outage import Outage
 from mentor_serve.store.records import UpdateRecord, VersionRecord
 from mentor_serve.types import Guidance
 from mentor_serve.weights.publisher import Broadcaster
@@ -81,6 +84,8 @@ class Learner:
             config=config,
         )
         self._directory_lock = DirectoryLock(checkpoints_dir)
+        self._claim = store.claim_run(run_id)
+        self._outage = Outage()
         self._lock = threading.RLock()
         self._resumed = threading.Event()
         self._resumed.set()
@@ -93,13 +98,17 @@ class Learner:
         A failed publication is an event and is tried again before the first step.
 
         Raises:
-            WeightsError: another learner runs, or the newest version cannot be read.
+            WeightsError: another learner runs here, or the newest version cannot be read.
+            RunClaimed: another learner of the run works on the same database.
+            StoreUnavailable: the store is away; try again.
         """
         with self._lock:
             self._directory_lock.acquire(timeout_s=self._config.lock_timeout_s)
             try:
+                self._claim.hold(timeout_s=self._config.lock_timeout_s)
                 self._trainer.start()
             except BaseException:
+                self._claim.release()
                 self._directory_lock.release()
                 raise
             self._set_phase(LearnerPhase.WAITING)
@@ -112,6 +121,7 @@ class Learner:
                     self._trainer.release()
                 self._backend.close()
             finally:
+                self._claim.release()
                 self._directory_lock.release()
                 if self._status.phase is not LearnerPhase.FINISHED:
                     self._set_phase(LearnerPhase.STOPPED)
@@ -146,14 +156,16 @@ class Learner:
         with self._lock:
             started = datetime.now(UTC)
             try:
-                self._trainer.prepare()
-                groups = self._trainer.lease()
-                self._set_phase(LearnerPhase.UPDATING if groups else LearnerPhase.WAITING)
-                record = self._trainer.train_on(groups) if groups else None
+                self._claim.hold()
+                record = self._trainer.prepare() or self._train()
+            except StoreUnavailable as error:
+                self._note_away(error)
+                raise
             except Exception as error:
                 self._note_failure(error)
                 raise
             if record is not None:
+                self._note_back()
                 self._status = replace(
                     self._status,
                     phase=LearnerPhase.WAITING,
@@ -164,6 +176,12 @@ class Learner:
                 )
                 self._tell_observers(record)
             return record
+
+    def _train(self) -> UpdateRecord | None:
+        groups = self._trainer.lease()
+        self._note_back()
+        self._set_phase(LearnerPhase.UPDATING if groups else LearnerPhase.WAITING)
+        return self._trainer.train_on(groups) if groups else None
 
     def rollback(self, version: int) -> VersionRecord:
         """Go on from a kept snapshot: a NEW version with its weights and fresh optimiser moments.
@@ -238,7 +256,22 @@ class Learner:
         )
         self._journal.add("step_failed", "error", line)
 
+    def _note_away(self, error: StoreUnavailable) -> None:
+        """The store is away: no failure of the step, and no traceback for each attempt."""
+        if self._outage.fail(error):
+            _log.warning("training waits for the store: %s", error)
+        self._status = replace(self._status, last_error=last_line(error))
+
+    def _note_back(self) -> None:
+        if self._outage.is_on:
+            reason = self._outage.reason
+            message = f"training waited {self._outage.end():.1f} s for the store: {reason}"
+            self._status = replace(self._status, last_error=None)
+            self._journal.add("store_back", "warning", message[:2000])
+
     def _backoff_s(self) -> float:
+        if self._outage.is_on:
+            return self._outage.wait_s
         exponent = min(max(self._status.num_failures - 1, 0), 16)
         return min(2.0**exponent, self._config.max_backoff_s)
 

@@ -11,12 +11,16 @@ from typing import Any, Protocol
 from mentor_serve.learner.batch import TrainingBatch
 from mentor_serve.learner.checkpoint import TrainingState
 from mentor_serve.learner.step import UpdateMetrics
+from mentor_serve.store.claims import RunClaim
 from mentor_serve.store.records import LeasedGroup, UpdateRecord, VersionRecord
 from mentor_serve.weights.snapshots import Snapshot, SnapshotLabel
 
 
 class LearnerStore(Protocol):
     """What the learner needs of the trajectory store; `TrajectoryStore` provides it."""
+
+    def claim_run(self, run_id: str) -> RunClaim:
+        """The right to train a run."""
 
     def lease_groups(
         self, run_id: str, *, num_groups: int, owner: str, lease_s: float

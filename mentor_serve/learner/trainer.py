@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mentor_serve.core.schedules import cosine_alpha, learning_rate_scale
-from mentor_serve.errors import LeaseLost, WeightsError
+from mentor_serve.errors import LeaseLost, StoreUnavailable, WeightsError
 from mentor_serve.learner.archive import LearnerArchive
 from mentor_serve.learner.backends.base import TrainingBackend
 from mentor_serve.learner.batch import TrainingBatch, build_batch
@@ -34,11 +34,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Committed:
+class _Made:
+    """An update that is on disk, and that one transaction has to make true."""
+
     record: UpdateRecord
     state: TrainingState
     snapshot: Snapshot
-    metrics: UpdateMetrics
+    group_ids: list[str]
 
 
 class Trainer:
@@ -65,6 +67,8 @@ class Trainer:
         # A new name for each life, so that a dead learner's leases are never taken for ours.
         self._owner = f"learner-{socket.gethostname()}-{os.getpid()}-{new_id()[-12:]}"
         self._snapshot: Snapshot | None = None
+        self._unsettled: _Made | None = None
+        """An update whose commit was cut off: whether it happened is not known."""
         self._group_failures: Counter[str] = Counter()
         self._intake = GroupIntake(store, run_id=run_id, owner=self._owner, config=config)
         self._waiting_since = time.monotonic()
@@ -105,12 +109,17 @@ class Trainer:
             self._restore(record)
         self.try_publish()
 
-    def prepare(self) -> None:
+    def prepare(self) -> UpdateRecord | None:
         """Make memory and replicas agree with the store's newest version.
 
+        Returns:
+            The update whose commit was cut off, where that turns out to be, or is now, committed.
+
         Raises:
+            StoreUnavailable: the store is away; nothing is lost.
             WeightsError: the version cannot be read, or the replicas did not take it.
         """
+        settled = self._settle()
         if self.needs_restore:
             record = self._store.latest_version(self._run_id)
             if record is None:
@@ -118,6 +127,7 @@ class Trainer:
             self._restore(record)
         if self.published_version != self.current.version:
             self.publish()
+        return settled
 
     def release(self) -> None:
         """Give back every group; where the store fails, the leases end by themselves."""
@@ -157,6 +167,8 @@ class Trainer:
         """Update, commit, publish; None where the lease was lost, or no gradient was finite.
 
         Raises:
+            StoreUnavailable: the store is away. Where that cut off the commit, the groups stay
+                leased and the next `prepare` settles it; else they were given back.
             Exception: whatever went wrong before the commit, after the groups were given back.
         """
         # Set before anything changes, so that no way out can forget it.
@@ -166,15 +178,24 @@ class Trainer:
             with LeaseKeeper(self._store, owner=self._owner, lease_s=self._config.lease_s):
                 done = self._update(groups, started=started)
         except LeaseLost as error:
-            self._journal.add("lease_lost", "warning", str(error))
-            self.release()
+            self._abandon(error)
             return None
+        except StoreUnavailable:
+            if self._unsettled is None:
+                self.release()
+            raise
         except Exception:
+            self._unsettled = None
             self.release()
             raise
         if done is None:
             self.release()
             return None
+        return self._conclude(done)
+
+    def _conclude(self, done: _Made) -> UpdateRecord:
+        """Go on from an update that is committed."""
+        self._unsettled = None
         self._adopt(done.state, done.snapshot)
         self._intake.num_stale = 0
         self._group_failures.clear()
@@ -183,7 +204,44 @@ class Trainer:
         self._waiting_since = time.monotonic()
         return done.record
 
-    def _update(self, groups: Sequence[LeasedGroup], *, started: float) -> _Committed | None:
+    def _abandon(self, error: LeaseLost) -> None:
+        self._unsettled = None
+        self._journal.add("lease_lost", "warning", str(error))
+        self.release()
+
+    def _settle(self) -> UpdateRecord | None:
+        """Find out what became of a commit that was cut off; commit it if it did not happen.
+
+        A commit that the server is still at work on holds the rows of its groups: ours waits for
+        it, finds them consumed, and the second look finds the row.
+        """
+        made = self._unsettled
+        if made is None:
+            return None
+        if not self._is_stored(made):
+            try:
+                self._commit(made)
+            except LeaseLost as error:
+                if not self._is_stored(made):
+                    self._abandon(error)
+                    return None
+        return self._conclude(made)
+
+    def _is_stored(self, made: _Made) -> bool:
+        record = self._store.version(self._run_id, made.state.version)
+        return record is not None and record.sha256 == made.snapshot.sha256
+
+    def _commit(self, made: _Made) -> None:
+        self._unsettled = made
+        self._store.commit_update(
+            self._run_id,
+            owner=self._owner,
+            group_ids=made.group_ids,
+            update=made.record,
+            version=version_record(made.snapshot),
+        )
+
+    def _update(self, groups: Sequence[LeasedGroup], *, started: float) -> _Made | None:
         """Compute the update, make it durable, commit it; nothing before the commit counts.
 
         None where no optimiser step could be made: then there is no update to commit.
@@ -221,14 +279,9 @@ class Trainer:
             wait_time_s=started - self._waiting_since,
             step_time_s=time.monotonic() - started,
         )
-        self._store.commit_update(
-            self._run_id,
-            owner=self._owner,
-            group_ids=group_ids,
-            update=record,
-            version=version_record(snapshot),
-        )
-        return _Committed(record, state, snapshot, metrics)
+        made = _Made(record, state, snapshot, group_ids)
+        self._commit(made)
+        return made
 
     def _compute(
         self, groups: Sequence[LeasedGroup], *, alpha: float

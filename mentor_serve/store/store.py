@@ -29,6 +29,7 @@ from mentor_serve.store import (
     reads,
     training,
 )
+from mentor_serve.store.claims import RunClaim, make_claim
 from mentor_serve.store.connection import open_engine, reading, shown, writing
 from mentor_serve.store.evaluations import EvaluationRecord
 from mentor_serve.store.group_rows import DetailInserts, GroupRows, group_rows
@@ -328,6 +329,10 @@ class TrajectoryStore:
             return demonstrations.read(connection, ids)
 
     # Updates and versions
+
+    def claim_run(self, run_id: str) -> RunClaim:
+        """The right to train the run, not held yet: one learner of it at a time, on any machine."""
+        return make_claim(self._engine, self._url, run_id)
 
     def commit_update(
         self,

@@ -38,6 +38,7 @@ def kill(*_args, **_kwargs):
 def die(learner):
     """What the operating system does for a dead process."""
     learner._directory_lock.release()
+    learner._claim.release()
 
 
 def versions(store, run_id):

@@ -78,7 +78,7 @@ def stored_responses(scene, **options):
                 Request(task=task, prompt_token_ids=PROMPT, num_wanted=ATTEMPTS, policy_version=0)
             )
             assert found.demonstrations == ()
-        recorder.close()
+        await recorder.close()
 
     asyncio.run(run())
     counts = np.zeros((32, 32), np.int64)
