@@ -134,7 +134,10 @@ def test_damaged_arrays_end_it_without_a_file(run: Run, trained: Path, tmp_path:
     path = tmp_path / "x.parquet"
     outcome = run("rollouts", "export", "--out", str(path))
     assert outcome.exit_code == 1
-    assert "expected an encoded array of at least 8 bytes" in outcome.err
+    assert re.search(
+        r"weights of trajectory \S+-mixed-00: expected an encoded array of at least 8 bytes",
+        outcome.err,
+    )
     assert list(tmp_path.glob("*x.parquet*")) == []
     # What does not need them still goes.
     assert len(exported(run, path, "--no-tokens")) == NUM_ROWS

@@ -105,7 +105,8 @@ def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise StoreError(
-            f"writing {path} failed: {error.strerror or error}; nothing was left there"
+            f"writing {path} failed: {error.strerror or error}; a file of that name from before is "
+            "untouched"
         ) from error
     except BaseException:
         unfinished.unlink(missing_ok=True)

@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, func, select
 
+from mentor_serve.errors import StoreError
 from mentor_serve.store.connection import open_engine, reading
 from mentor_serve.store.encoding import decode
 from mentor_serve.store.models import Trajectory, TrajectoryTokens
@@ -234,4 +235,11 @@ def _add_arrays(connection: Connection, rows: list[Row]) -> None:
     for row in rows:
         blobs = stored.get(row["id"])
         for name in ARRAYS:
-            row[name] = None if blobs is None else decode(blobs[name])
+            row[name] = None if blobs is None else _decoded(blobs, name)
+
+
+def _decoded(blobs: RowMapping, name: str) -> NDArray[Any]:
+    try:
+        return decode(blobs[name])
+    except StoreError as error:
+        raise StoreError(f"{name} of trajectory {blobs['trajectory_id']}: {error}") from error
