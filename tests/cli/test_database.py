@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,26 @@ def test_roles_are_printed_as_sql(run: Run) -> None:
     assert ":writer" not in outcome.out
     assert run("db", "roles", "--reader", 'x"; DROP TABLE runs').exit_code == 2
     assert run("db", "roles", "--reader", "mentor_writer").exit_code == 2
+
+
+# The guide
+
+GUIDE = Path(__file__).parents[2] / "docs" / "operations.md"
+
+
+@pytest.mark.parametrize(
+    "line",
+    sorted(
+        set(re.findall(r"^.*mentor-serve (db [^#>|`\n]+)", GUIDE.read_text("utf-8"), re.MULTILINE))
+    ),
+)
+def test_the_guide_uses_options_that_there_are(run: Run, line: str) -> None:
+    command, *options = line.split()[1:]
+    shown = run("db", command, "--help")
+    assert shown.exit_code == 0
+    for option in options:
+        name = option.strip("[]")
+        assert not name.startswith("--") or name in shown.out
 
 
 # Passwords
