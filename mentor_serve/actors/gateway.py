@@ -21,8 +21,9 @@ from mentor_serve.actors import names
 from mentor_serve.actors.detached import find_actor
 from mentor_serve.actors.policy import PolicyState
 from mentor_serve.actors.runtime import enter_process, open_run, open_store, prepare_state
+from mentor_serve.actors.store_watch import StoreThreads, StoreWatch
 from mentor_serve.engines.base import StepOutput
-from mentor_serve.errors import EngineError, MentorError, StoreError, WeightsError
+from mentor_serve.errors import EngineError, MentorError, WeightsError
 from mentor_serve.models.loading import load_tokenizer
 from mentor_serve.serving.app import create_app
 from mentor_serve.serving.backend import (
@@ -62,6 +63,10 @@ class GatewayBackend:
         self._tokenizer_lock = threading.Lock()
         self._state: tuple[float, PolicyState] | None = None
         self._kept: tuple[float, list[Snapshot]] | None = None
+        self._store_threads = StoreThreads()
+        self._store_watch = StoreWatch(
+            lambda: self._store_threads.call(store.count_groups, run_id), self._collector_counters
+        )
         self._started_at = int(time.time())
         self.is_draining = False
         self._num_in_flight = 0
@@ -161,10 +166,11 @@ class GatewayBackend:
         return self._policy
 
     async def readiness(self) -> Readiness:
-        """Ready while the policy answers and the store is there.
+        """Ready while the policy answers.
 
-        A remote expert that does not answer is a reason, but not a refusal: the service goes on
-        with the policy alone.
+        A database that is away and a remote expert that does not answer are reasons, but no
+        refusals: requests are served all the same, groups wait in the spool, rollouts follow the
+        policy alone.
         """
         reasons: list[str] = []
         details: dict[str, Any] = {"version": __version__, "run": self._settings.run_name}
@@ -176,12 +182,10 @@ class GatewayBackend:
             }
         except (MentorError, TimeoutError) as error:
             reasons.append(f"policy: {error}")
-        try:
-            counts = await asyncio.to_thread(self._store.count_groups, self._run_id)
-            details["groups"] = counts
-        except StoreError as error:
-            reasons.append(f"store: {error}")
         is_ready = not reasons
+        store_reasons, store_details = await self._store_watch.look()
+        reasons += store_reasons
+        details |= store_details
         if self._expert is not None:
             try:
                 await asyncio.wait_for(self._expert.ping.remote(), PING_TIMEOUT_S)
@@ -189,10 +193,20 @@ class GatewayBackend:
                 reasons.append(f"expert: {type(error).__name__}; rollouts follow the policy alone")
         return Readiness(ready=is_ready, reasons=reasons, details=details)
 
+    async def _collector_counters(self) -> list[dict[str, int]]:
+        """Of every collector that answers in time."""
+        try:
+            answers = await self._collector.broadcast("counters").results_async(
+                timeout_s=PING_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, ray.exceptions.RayError, RayServeException):
+            return []
+        return [one for one in answers if isinstance(one, dict)]
+
     async def training(self) -> Mapping[str, Any]:
         """Where the run stands, the learner's own view and the collectors' counters."""
-        status = await asyncio.to_thread(self._store.training_status, self._run_id)
-        evaluation = await asyncio.to_thread(self._store.latest_evaluation, self._run_id)
+        status = await self._store_threads.call(self._store.training_status, self._run_id)
+        evaluation = await self._store_threads.call(self._store.latest_evaluation, self._run_id)
         document: dict[str, Any] = asdict(status)
         document["evaluation"] = None if evaluation is None else asdict(evaluation)
         document["learner"] = await self._learner_status()
@@ -225,7 +239,7 @@ class GatewayBackend:
 
     async def roll_back(self, version: int) -> Mapping[str, Any]:
         """See `Backend.roll_back`; waits for the update in progress."""
-        known = await asyncio.to_thread(self._store.version, self._run_id, version)
+        known = await self._store_threads.call(self._store.version, self._run_id, version)
         if known is None:
             raise NotFoundError(f"version {version} is none of this run; see GET /v1/weights")
         if not self._settings.learner.enabled:
@@ -248,18 +262,18 @@ class GatewayBackend:
         self, *, limit: int, kind: TrajectoryKind | None, before: str | None
     ) -> Sequence[Mapping[str, Any]]:
         """See `Backend.trajectories`."""
-        records = await asyncio.to_thread(
-            self._store.trajectories, self._run_id, limit=limit, kind=kind, before=before
+        records = await self._store_threads.call(
+            lambda: self._store.trajectories(self._run_id, limit=limit, kind=kind, before=before)
         )
         return [asdict(record) for record in records]
 
     async def trajectory(self, trajectory_id: str) -> Mapping[str, Any] | None:
         """See `Backend.trajectory`."""
-        return await asyncio.to_thread(self._store.trajectory_document, trajectory_id)
+        return await self._store_threads.call(self._store.trajectory_document, trajectory_id)
 
     async def weights(self) -> Sequence[Mapping[str, Any]]:
         """Every version of the run, newest first, and whether its snapshot is kept."""
-        versions = await asyncio.to_thread(self._store.list_versions, self._run_id)
+        versions = await self._store_threads.call(self._store.list_versions, self._run_id)
         kept = await self._kept_snapshots()
         kept_versions = {snapshot.version for snapshot in kept}
         return [

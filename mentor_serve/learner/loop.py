@@ -156,6 +156,7 @@ class Learner:
         with self._lock:
             started = datetime.now(UTC)
             try:
+                _ = self._trainer.current  # raises before `start`, which takes the claim
                 self._claim.hold()
                 record = self._trainer.prepare() or self._train()
             except StoreUnavailable as error:

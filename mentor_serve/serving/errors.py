@@ -25,6 +25,7 @@ from mentor_serve.errors import (
     InvalidRequest,
     MentorError,
     StalePolicyError,
+    StoreUnavailable,
 )
 from mentor_serve.serving.backend import (
     ConflictError,
@@ -119,6 +120,12 @@ def _from_mentor_error(error: MentorError) -> ApiError | None:
             return unavailable(str(error), code="overloaded", retry_after_s=retry_after_s)
         case ExpertUnavailable():
             return unavailable(str(error), code="expert_unavailable", retry_after_s=5)
+        case StoreUnavailable():
+            return unavailable(
+                "the database is away; completions are served, its records not",
+                code="store_unavailable",
+                retry_after_s=5,
+            )
         case EngineError():
             failure.status, failure.code = 500, "engine_error"
         case _:

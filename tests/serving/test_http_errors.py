@@ -15,6 +15,7 @@ from mentor_serve.errors import (
     InvalidRequest,
     StalePolicyError,
     StoreError,
+    StoreUnavailable,
 )
 from mentor_serve.serving import OverloadedError, Readiness, UnknownModelError, create_app
 from mentor_serve.types import StopReason
@@ -71,6 +72,7 @@ async def test_failures_have_one_shape_and_the_right_status(
 @pytest.mark.parametrize(
     ("error", "status", "headers"),
     [
+        (StoreUnavailable("connection refused"), 503, {"retry-after": "5"}),
         (InvalidRequest("too long"), 400, {}),
         (UnknownModelError("gone meanwhile"), 404, {}),
         (StalePolicyError("version 1 is gone"), 409, {"x-should-retry": "false"}),
