@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -263,6 +266,31 @@ def test_weights_that_do_not_fit_leave_the_old_ones(tiny_pair, tiny_llama):
         engine.load_weights(wrong, version=3)
     assert engine.policy_version == 0
     assert _tokens(engine.generate([_mixed()])[0]) == before
+
+
+def test_engines_in_threads_of_their_own_do_not_disturb_each_other(tiny_pair, tiny_llama):
+    """As the policy and the expert's own rollouts run in one replica."""
+    request = _mixed(num_samples=16)
+    alone = build_vllm(*tiny_pair).generate([request])[0]
+    other = tiny_llama(4, vocab_size=6)
+    small = _mixed(mixed=False, prompt_token_ids=[4, 1, 5], num_samples=16)
+    small_alone = build_vllm(other).generate([small])[0]
+    engines = [build_vllm(*tiny_pair), build_vllm(other)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = zip(engines, (request, small), strict=True)
+        together = [pool.submit(engine.generate, [asked]) for engine, asked in runs]
+    assert [_tokens(one.result()[0]) for one in together] == [_tokens(alone), _tokens(small_alone)]
+
+
+def test_nobody_else_loads_vllm():
+    """Nor does the gateway, which imports the policy's deployment, load torch."""
+    program = (
+        "import sys, mentor_serve.engines, mentor_serve.actors.policy\n"
+        "assert 'torch' not in sys.modules\n"
+        "from mentor_serve.engines import TorchEngine, VllmEngine\n"
+        "assert 'vllm' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_widening_changes_no_probability(tiny_pair):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mentor_serve.engines.vllm.rows import RowSampling, StepRecords
@@ -37,6 +39,9 @@ _DEFAULTS = {
     # The process shares its cores with others; Ray and `num_threads` say how many it may use.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+_FORWARD = threading.Lock()
+"""vLLM keeps the context of a forward pass in a global, so one core at a time may compute, though
+each engine has a thread of its own."""
 
 
 def check_installation() -> str:
@@ -93,7 +98,7 @@ class Core:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         try:
-            with _torch_unchanged():
+            with _FORWARD, _torch_unchanged():
                 self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(
@@ -144,7 +149,11 @@ class Core:
 
     def step(self) -> tuple[StepRecords | None, dict[int, Any]]:
         """One step: what it settled, and by key the prompt scores that it completed."""
-        outputs = self._llm.step()
+        # A thread takes over torch's number of threads at its first parallel operation; vLLM's
+        # attention on the CPU plans before that, and fails if the number changes meanwhile.
+        torch.set_num_threads(torch.get_num_threads())
+        with _FORWARD:
+            outputs = self._llm.step()
         scores = {
             int(output.request_id): output.prompt_logprobs
             for output in outputs
@@ -162,13 +171,15 @@ class Core:
 
         Running rows go on: vLLM puts them out and reads what they have so far with the new weights.
         """
-        self._llm.collective_rpc("mentor_load_policy", args=(state_dict, version))
-        self._llm.reset_prefix_cache(reset_running_requests=True)
+        with _FORWARD:
+            self._llm.collective_rpc("mentor_load_policy", args=(state_dict, version))
+            self._llm.reset_prefix_cache(reset_running_requests=True)
 
     def load_expert(self, state_dict: Mapping[str, Tensor]) -> None:
         """Replace the expert's weights, in the core that has one."""
-        self._llm.collective_rpc("mentor_load_expert", args=(state_dict,))
-        self._llm.reset_prefix_cache(reset_running_requests=True)
+        with _FORWARD:
+            self._llm.collective_rpc("mentor_load_expert", args=(state_dict,))
+            self._llm.reset_prefix_cache(reset_running_requests=True)
 
     def close(self) -> None:
         """Give memory back; the core cannot be used any more."""
@@ -235,8 +246,6 @@ def num_lookahead(options: CoreOptions) -> int:
 @contextmanager
 def _torch_unchanged() -> Iterator[None]:
     """vLLM seeds the process's generators and, on the CPU, disables `torch.set_num_threads`."""
-    import torch
-
     set_num_threads, state = torch.set_num_threads, torch.get_rng_state()
     try:
         yield
@@ -312,7 +321,6 @@ def _check_room_for_drafts(policy: str | Path, expert: str | Path, options: Core
 
 
 def _skeleton(source: str | Path) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
