@@ -9,6 +9,7 @@ Contenders, once a round each, in turn, on one database:
     rows     `TrajectoryStore.add_groups` of rows made before: what the writer's transaction costs
     groups   the same from groups: means, sums and token arrays are computed as well
     writer   `GroupWriter.add` from as many threads as a collector has groups under way
+    single   one thread, one group a transaction
 
 Shares are those of the driver's speed in the same round; the median over rounds counts.
 """
@@ -120,6 +121,7 @@ class Bench:
             "rows": self._rows,
             "groups": self._groups,
             "writer": self._writer_thread,
+            "single": self._single,
         }
 
     def _fresh(self) -> list[NewGroup]:
@@ -145,6 +147,13 @@ class Bench:
         started = time.perf_counter()
         for batch in batches:
             self.store.add_groups(batch)
+        return time.perf_counter() - started
+
+    def _single(self) -> float:
+        groups = self._fresh()
+        started = time.perf_counter()
+        for group in groups:
+            self.store.add_group(self.run_id, group)
         return time.perf_counter() - started
 
     def _writer_thread(self) -> float:

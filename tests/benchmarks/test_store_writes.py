@@ -2,7 +2,7 @@
 
 from benchmarks.store_writes import measure
 
-CONTENDERS = {"driver", "rows", "groups", "writer"}
+CONTENDERS = {"driver", "rows", "groups", "writer", "single"}
 
 
 def test_every_contender_stores_the_same_groups(url):
