@@ -214,19 +214,21 @@ def _partly_pruned() -> Select[int]:
 
 
 def _miscounted_groups() -> Select[int]:
-    counts = {
-        RolloutGroup.num_on_policy: TrajectoryKind.ON_POLICY,
-        RolloutGroup.num_mixed: TrajectoryKind.MIXED,
-        RolloutGroup.num_expert: TrajectoryKind.EXPERT,
-    }
-    found = [func.count(case((Trajectory.kind == kind.value, 1))) for kind in counts.values()]
+    def usable(kind: TrajectoryKind) -> ColumnElement[int]:
+        is_usable = and_(Trajectory.kind == kind.value, Trajectory.status == "ok")
+        return func.count(case((is_usable, 1)))
+
+    wrong = (
+        RolloutGroup.num_on_policy != usable(TrajectoryKind.ON_POLICY),
+        RolloutGroup.num_mixed != usable(TrajectoryKind.MIXED),
+        RolloutGroup.num_expert != usable(TrajectoryKind.EXPERT),
+        RolloutGroup.num_tokens != func.coalesce(func.sum(Trajectory.num_tokens), 0),
+    )
     by_group = (
         select(RolloutGroup.id)
-        .outerjoin(
-            Trajectory, and_(Trajectory.group_id == RolloutGroup.id, Trajectory.status == "ok")
-        )
-        .group_by(RolloutGroup.id, *counts)
-        .having(or_(*(said != number for said, number in zip(counts, found, strict=True))))
+        .outerjoin(Trajectory, Trajectory.group_id == RolloutGroup.id)
+        .group_by(RolloutGroup.id)
+        .having(or_(*wrong))
         .subquery()
     )
     return select(func.count()).select_from(by_group)
@@ -393,7 +395,7 @@ CHECKS = (
     Check(
         label="trajectories of groups",
         find=counting(
-            "groups whose num_on_policy, num_mixed or num_expert disagrees with their "
+            "groups whose num_on_policy, num_mixed, num_expert or num_tokens disagrees with their "
             f"trajectories; {_RESTORE}",
             _miscounted_groups(),
         ),

@@ -101,7 +101,11 @@ CONSUMED = " AND group_id IN (SELECT id FROM rollout_groups WHERE status = 'cons
         ),
         (
             "UPDATE rollout_groups SET num_mixed = 7 WHERE status = 'ready'",
-            "1 groups whose num_on_policy, num_mixed or num_expert disagrees",
+            "1 groups whose num_on_policy, num_mixed, num_expert or num_tokens disagrees",
+        ),
+        (
+            "UPDATE rollout_groups SET num_tokens = num_tokens + 1 WHERE status = 'ready'",
+            "1 groups whose num_on_policy, num_mixed, num_expert or num_tokens disagrees",
         ),
         ("UPDATE updates SET num_groups = 3", "1 updates whose num_groups disagrees"),
         ("UPDATE updates SET num_groups = 1", "1 updates whose num_groups disagrees"),
