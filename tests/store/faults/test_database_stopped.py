@@ -9,7 +9,6 @@ import threading
 import time
 
 import postgres_server
-import psycopg
 import pytest
 from books import Books
 from fault_processes import consume, open_writer
@@ -105,9 +104,6 @@ def server():
     made = postgres_server.PostgresServer()
     try:
         made.start()
-        # The tests' servers trade the last transactions for speed; here these are the point.
-        with psycopg.connect(made.url, autocommit=True) as connection:
-            connection.execute("ALTER DATABASE postgres SET synchronous_commit = on")
         yield made
     finally:
         made.remove()
