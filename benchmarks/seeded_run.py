@@ -41,6 +41,7 @@ class SeededRun:
 
     def __init__(self, *, seed: int, num_groups: int) -> None:
         self.seed = seed
+        self.name = f"seed-{seed}"
         self.num_groups = num_groups
         rng = np.random.default_rng(seed)
         self.run_id = _time_ordered_id(START, rng)
@@ -48,20 +49,26 @@ class SeededRun:
         self.task_ids = [_time_ordered_id(START, rng) for _ in range(num_tasks)]
         self.task_ids.sort()
         self.difficulties = rng.normal(0.0, 2.0, num_tasks)
+        # 2 % are too old when their turn comes, 1 % fail.
+        self._fates = rng.random(num_groups)
+        versions = np.arange(num_groups) * NUM_VERSIONS // max(1, num_groups)
+        self._num_consumed = np.bincount(versions[self._fates >= 0.03], minlength=NUM_VERSIONS)
         self.sentences = [" ".join(rng.choice(_WORDS, 8)) for _ in range(4096)]
 
-    def before_groups(self) -> Iterator[tuple[str, list[Row]]]:
+    def before_groups(self, *, with_tokens: bool) -> Iterator[tuple[str, list[Row]]]:
         """Everything that groups refer to, and the updates."""
         at = _stored(START)
         end = _stored(START + self.num_groups * GROUP_INTERVAL)
-        name = f"seed-{self.seed}"
-        run = {"id": self.run_id, "name": name, "config_json": "{}"}
+        run = {"id": self.run_id, "name": self.name, "config_json": "{}"}
         yield "runs", [run | {"started_at": at, "updated_at": end}]
         yield "policy_versions", [self._version(number) for number in range(NUM_VERSIONS)]
         yield "updates", [self._update(step) for step in range(1, NUM_VERSIONS)]
         yield "tasks", [self._task(number) for number in range(len(self.task_ids))]
         rng = np.random.default_rng([self.seed, 1])
-        yield "trajectories", [self._attempt(one, rng) for one in self.task_ids[::10]]
+        attempts = [self._attempt(one, rng) for one in self.task_ids[::10]]
+        yield "trajectories", attempts
+        if with_tokens:
+            yield "trajectory_tokens", [_tokens(one, [], rng) for one in attempts]
         yield "events", [self._event(number) for number in range(self.num_groups // 50)]
 
     def groups(self, numbers: range, *, with_tokens: bool) -> dict[str, list[Row]]:
@@ -101,14 +108,15 @@ class SeededRun:
 
     def _update(self, step: int) -> Row:
         progress = step / NUM_VERSIONS
+        num_groups = int(self._num_consumed[step - 1])
         measured = {"loss": 0.1 - 0.05 * progress, "entropy": 1.2 - progress, "grad_norm": 0.5}
         return measured | {
             "run_id": self.run_id,
             "step": step,
             "policy_version": step,
-            "num_groups": self.num_groups // NUM_VERSIONS,
-            "num_trajectories": 12 * self.num_groups // NUM_VERSIONS,
-            "num_tokens": 1440 * self.num_groups // NUM_VERSIONS,
+            "num_groups": num_groups,
+            "num_trajectories": 12 * num_groups,
+            "num_tokens": 1440 * num_groups,
             "mean_reward_on_policy": 0.3 + 0.5 * progress,
             "mean_reward_mixed": 0.5 + 0.3 * progress,
             "alpha": max(0.0, 1 - step / 120),
@@ -140,6 +148,7 @@ class SeededRun:
             "sample_index": 0,
             "min_policy_version": 0,
             "max_policy_version": 0,
+            "mean_weight": 1.0,
             "expert_model": "seed:expert",
             "created_at": _stored(START),
         }
@@ -161,7 +170,7 @@ class SeededRun:
         at = START + number * GROUP_INTERVAL
         version = self._version_of(number)
         is_last = version == NUM_VERSIONS - 1
-        fate = rng.random()
+        fate = self._fates[number]
         status = "stale" if fate < 0.02 else "failed" if fate < 0.03 else "consumed"
         if status == "consumed" and is_last:
             status = "ready" if with_tokens else "stale"
@@ -267,7 +276,8 @@ def _interventions(response: Row, rng: np.random.Generator) -> list[Row]:
 
 def _tokens(response: Row, replaced: list[Row], rng: np.random.Generator) -> Row:
     length = response["num_tokens"]
-    sources = np.zeros(length, np.uint8)
+    is_expert = response["kind"] == TrajectoryKind.EXPERT.value
+    sources = np.full(length, TokenSource.EXPERT if is_expert else TokenSource.POLICY, np.uint8)
     looked = np.full(length, np.nan, np.float32)
     for one in replaced:
         sources[one["position"]] = TokenSource.EXPERT

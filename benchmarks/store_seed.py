@@ -19,8 +19,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 
 from benchmarks.seeded_run import NUM_MIXED, NUM_ON_POLICY, SeededRun
-from mentor_serve.store import upgrade
-from mentor_serve.store.connection import open_engine, writing
+from mentor_serve.errors import StoreError
+from mentor_serve.store import TrajectoryStore, upgrade
+from mentor_serve.store.connection import open_engine, shown, writing
 from mentor_serve.store.rollup import add_to_version_stats
 
 GROUPS_PER_TRANSACTION = 2000
@@ -51,11 +52,16 @@ def seed_store(
     """
     started = time.perf_counter()
     upgrade(url)
-    engine = open_engine(url, pool_size=1)
     run = SeededRun(seed=seed, num_groups=num_trajectories // (NUM_ON_POLICY + NUM_MIXED))
+    with TrajectoryStore(url) as store:
+        if store.find_run(run.name) is not None:
+            raise StoreError(
+                f"expected no run {run.name!r} in {shown(url)}, found one; choose another seed"
+            )
+    engine = open_engine(url, pool_size=1)
     try:
         with writing(engine, url, doing="seeding a run") as connection:
-            for table, rows in run.before_groups():
+            for table, rows in run.before_groups(with_tokens=with_tokens):
                 _insert(connection, table, rows)
         num_interventions = 0
         for first in range(0, run.num_groups, GROUPS_PER_TRANSACTION):

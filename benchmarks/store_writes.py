@@ -9,6 +9,7 @@ Contenders, once a round each, in turn, on one database:
     rows     `TrajectoryStore.add_groups` of rows made before: what the writer's transaction costs
     groups   the same from groups: means, sums and token arrays are computed as well
     writer   `GroupWriter.add` from as many threads as a collector has groups under way
+    single   one thread, one group a transaction
 
 Shares are those of the driver's speed in the same round; the median over rounds counts.
 """
@@ -35,6 +36,8 @@ from mentor_serve.store.bulk import BulkInsert
 from mentor_serve.store.connection import open_engine, parse_url, writing
 from mentor_serve.store.group_rows import DetailInserts, GroupRows
 from mentor_serve.store.models import Base, RolloutGroup, TaskRow
+from mentor_serve.store.spool import Spool
+from mentor_serve.store.writer import GroupWriter, Outcome, WriterLimits
 from mentor_serve.types import Guidance, Rollout, Score, StopReason, Task, TrajectoryKind
 
 NUM_TRAJECTORIES = 8
@@ -90,8 +93,11 @@ def _rollout(rng: np.random.Generator, *, is_mixed: bool) -> Rollout:
 class Bench:
     """One database, one run, and the ways to write into it."""
 
-    def __init__(self, url: str, *, num_groups: int, batch: int, num_threads: int) -> None:
+    def __init__(
+        self, url: str, spool: Path, *, num_groups: int, batch: int, num_threads: int
+    ) -> None:
         upgrade(url)
+        self._spool = Spool(spool, max_bytes=1 << 30)
         self._url = url
         self._num_groups = num_groups
         self._batch = batch
@@ -114,6 +120,8 @@ class Bench:
             "driver": self._driver,
             "rows": self._rows,
             "groups": self._groups,
+            "writer": self._writer_thread,
+            "single": self._single,
         }
 
     def _fresh(self) -> list[NewGroup]:
@@ -140,6 +148,25 @@ class Bench:
         for batch in batches:
             self.store.add_groups(batch)
         return time.perf_counter() - started
+
+    def _single(self) -> float:
+        groups = self._fresh()
+        started = time.perf_counter()
+        for group in groups:
+            self.store.add_group(self.run_id, group)
+        return time.perf_counter() - started
+
+    def _writer_thread(self) -> float:
+        limits = WriterLimits(max_batch_groups=self._batch)
+        groups = self._fresh()
+        writer = GroupWriter(self.store, self.run_id, spool=self._spool, limits=limits).start()
+        started = time.perf_counter()
+        outcomes = set(self._threads.map(writer.add, groups))
+        seconds = time.perf_counter() - started
+        writer.close()
+        if outcomes != {Outcome.COMMITTED}:
+            raise SystemExit(f"expected every group to be committed, got {sorted(outcomes)}")
+        return seconds
 
     def _groups(self) -> float:
         batches = self._batches(self._fresh())
@@ -190,20 +217,18 @@ def _statement(table: type[Base], rows: list[dict[str, Any]], inserts: DetailIns
 
 
 @contextmanager
-def _database(url: str | None) -> Iterator[str]:
-    if url is not None:
-        yield url
-        return
+def _database(url: str | None) -> Iterator[tuple[str, Path]]:
+    """A database and a directory for the writer's spool."""
     with tempfile.TemporaryDirectory() as directory:
-        yield f"sqlite:///{Path(directory) / 'mentor.db'}"
+        yield url or f"sqlite:///{Path(directory) / 'mentor.db'}", Path(directory) / "spool"
 
 
 def measure(
     url: str | None, *, rounds: int, num_groups: int, batch: int, num_threads: int
 ) -> dict[str, Any]:
     """Run all contenders; the result as JSON."""
-    with _database(url) as chosen:
-        bench = Bench(chosen, num_groups=num_groups, batch=batch, num_threads=num_threads)
+    with _database(url) as (chosen, spool):
+        bench = Bench(chosen, spool, num_groups=num_groups, batch=batch, num_threads=num_threads)
         try:
             seconds = _rounds(bench.contenders(), rounds=rounds)
         finally:

@@ -171,7 +171,8 @@ class CollectorReplica:
         return self._collector.counters()
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose loop ended on its own."""
+        """Serve replaces a replica whose loop, or whose writer of groups, ended on its own."""
+        self._collector.check_health()
         for task in self._tasks:
             if task.done() and not self._stop.is_set():
                 task.result()

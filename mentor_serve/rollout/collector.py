@@ -159,6 +159,10 @@ class Collector:
             "waited_s": int(self._pacer.waited_s),
         }
 
+    def check_health(self) -> None:
+        """Raise `StoreError` where collecting on is in vain: its writer ended by itself."""
+        self._recorder.check_health()
+
     async def run(self, stop: asyncio.Event) -> None:
         """Collect until `stop` is set; then finish or drop what is under way within the bound.
 

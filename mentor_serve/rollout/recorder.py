@@ -82,6 +82,10 @@ class Recorder:
         for threads in (self._thread, self._adders):
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def check_health(self) -> None:
+        """Raise `StoreError` where groups are not stored any more."""
+        self._writer.check_health()
+
     def writer_status(self) -> WriterStatus:
         """Where the writer of groups stands; never waits."""
         return self._writer.status()

@@ -12,31 +12,35 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, or_, select
+from sqlalchemy import Connection, Select, and_, func, select
 from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import aliased
 
 from mentor_serve.errors import StoreError
+from mentor_serve.store.consistency import (
+    CONSUMED_WITHOUT_UPDATE,
+    DEMONSTRATIONS_WITHOUT_TOKENS,
+    EMPTY_GROUPS,
+    LEASE_AND_STATUS_DISAGREE,
+    RESTORE,
+    WITHOUT_TOKENS,
+    miscounted_groups,
+    miscounted_updates,
+    partly_pruned,
+    several_live_versions,
+    wrong_version_stats,
+)
 from mentor_serve.store.encoding import decode
 from mentor_serve.store.models import (
     Base,
-    PolicyVersion,
-    RolloutGroup,
-    Run,
     Trajectory,
     TrajectoryTokens,
-    Update,
-    VersionStats,
 )
-from mentor_serve.types import GroupStatus, TrajectoryKind
 
 SAMPLED_ARRAYS = 1000
 """Rows of `trajectory_tokens` whose arrays a whole check decodes, spread evenly."""
 SAMPLED_ARRAYS_QUICK = 50
 """... and a quick one: the newest."""
 
-_RESTORE = "restore a backup (docs/operations.md)"
-_TRAINABLE = (GroupStatus.READY.value, GroupStatus.LEASED.value)
 _SHOWN_ERRORS = 20
 
 
@@ -65,7 +69,7 @@ def file_integrity(connection: Connection) -> list[str]:
     except DatabaseError:
         if not said:
             raise
-    return [f"the file is damaged: {line}; {_RESTORE}" for line in said if line != "ok"]
+    return [f"the file is damaged: {line}; {RESTORE}" for line in said if line != "ok"]
 
 
 def missing_parents(connection: Connection) -> list[str]:
@@ -78,7 +82,7 @@ def missing_parents(connection: Connection) -> list[str]:
         for child, parent, query in _parent_queries():
             missing[child, parent] = connection.scalars(query).one()
     return [
-        f"{number} rows of {child} refer to a row of {parent} that is not there; {_RESTORE}"
+        f"{number} rows of {child} refer to a row of {parent} that is not there; {RESTORE}"
         for (child, parent), number in sorted(missing.items())
         if number
     ]
@@ -118,7 +122,7 @@ def undecodable_arrays(limit: int, *, newest_only: bool) -> Callable[[Connection
             return []
         return [
             f"the arrays of {len(broken)} rows of trajectory_tokens (of at most {limit} looked at) "
-            f"are damaged, first {broken[0]}; {_RESTORE}: without them the response can be neither "
+            f"are damaged, first {broken[0]}; {RESTORE}: without them the response can be neither "
             "trained on nor replayed"
         ]
 
@@ -159,178 +163,6 @@ def counting(text: str, query: Select[int]) -> Callable[[Connection], list[str]]
     return find
 
 
-def _number_of(table: type[Base]) -> Select[int]:
-    return select(func.count()).select_from(table)
-
-
-def _tokens_of(owner: ColumnElement[str] | Any) -> Select[Any]:
-    return select(TrajectoryTokens.trajectory_id).where(TrajectoryTokens.trajectory_id == owner)
-
-
-_CONSUMED_WITHOUT_UPDATE = _number_of(RolloutGroup).where(
-    RolloutGroup.status == GroupStatus.CONSUMED.value,
-    ~select(Update.step)
-    .where(Update.run_id == RolloutGroup.run_id, Update.step == RolloutGroup.consumed_by_step)
-    .exists(),
-)
-_LEASE_AND_STATUS_DISAGREE = _number_of(RolloutGroup).where(
-    (RolloutGroup.status == GroupStatus.LEASED.value) != RolloutGroup.lease_owner.is_not(None)
-)
-_EMPTY_GROUPS = _number_of(RolloutGroup).where(
-    RolloutGroup.status.in_(_TRAINABLE),
-    ~select(Trajectory.id)
-    .where(Trajectory.group_id == RolloutGroup.id, Trajectory.status == "ok")
-    .exists(),
-)
-_WITHOUT_TOKENS = _number_of(Trajectory).where(
-    Trajectory.status == "ok",
-    select(RolloutGroup.id)
-    .where(RolloutGroup.id == Trajectory.group_id, RolloutGroup.status.in_(_TRAINABLE))
-    .exists(),
-    ~_tokens_of(Trajectory.id).exists(),
-)
-_DEMONSTRATIONS_WITHOUT_TOKENS = _number_of(Trajectory).where(
-    Trajectory.kind == TrajectoryKind.EXPERT.value,
-    Trajectory.group_id.is_(None),
-    Trajectory.status == "ok",
-    ~_tokens_of(Trajectory.id).exists(),
-)
-
-
-def _partly_pruned() -> Select[int]:
-    """Pruning takes the arrays of whole groups: one that lost some of them was damaged."""
-    by_group = (
-        select(Trajectory.group_id)
-        .join(RolloutGroup, RolloutGroup.id == Trajectory.group_id)
-        .outerjoin(TrajectoryTokens, TrajectoryTokens.trajectory_id == Trajectory.id)
-        .where(Trajectory.status == "ok", RolloutGroup.status.not_in(_TRAINABLE))
-        .group_by(Trajectory.group_id)
-        .having(
-            func.count(TrajectoryTokens.trajectory_id).between(1, func.count(Trajectory.id) - 1)
-        )
-        .subquery()
-    )
-    return select(func.count()).select_from(by_group)
-
-
-def _miscounted_groups() -> Select[int]:
-    counts = {
-        RolloutGroup.num_on_policy: TrajectoryKind.ON_POLICY,
-        RolloutGroup.num_mixed: TrajectoryKind.MIXED,
-        RolloutGroup.num_expert: TrajectoryKind.EXPERT,
-    }
-    found = [func.count(case((Trajectory.kind == kind.value, 1))) for kind in counts.values()]
-    by_group = (
-        select(RolloutGroup.id)
-        .outerjoin(
-            Trajectory, and_(Trajectory.group_id == RolloutGroup.id, Trajectory.status == "ok")
-        )
-        .group_by(RolloutGroup.id, *counts)
-        .having(or_(*(said != number for said, number in zip(counts, found, strict=True))))
-        .subquery()
-    )
-    return select(func.count()).select_from(by_group)
-
-
-def _miscounted_updates() -> Select[int]:
-    """More groups than the update had; or fewer, though none were pruned or given up."""
-    group = aliased(RolloutGroup)
-    found = (
-        select(func.count())
-        .select_from(group)
-        .where(group.run_id == Update.run_id, group.consumed_by_step == Update.step)
-        .scalar_subquery()
-    )
-    is_whole = and_(Run.num_pruned_groups == 0, func.coalesce(Update.num_skipped_steps, 0) == 0)
-    return (
-        _number_of(Update)
-        .join(Run, Run.id == Update.run_id)
-        .where(or_(found > Update.num_groups, and_(is_whole, found < Update.num_groups)))
-    )
-
-
-def several_live_versions(connection: Connection) -> list[str]:
-    """Runs of which more than one version is live; only a damaged index lets that happen."""
-    query = (
-        select(PolicyVersion.run_id, func.count().label("num_live"))
-        .where(PolicyVersion.is_live)
-        .group_by(PolicyVersion.run_id)
-        .having(func.count() > 1)
-    )
-    return [
-        f"run {run_id} has {number} live versions; {_RESTORE}, or clear is_live of all but one and "
-        "rebuild the index uq_policy_versions_live (REINDEX)"
-        for run_id, number in connection.execute(query)
-    ]
-
-
-_COUNTED = (
-    "num_trajectories",
-    "num_scored",
-    "num_passed",
-    "num_scored_tokens",
-    "num_tokens",
-    "num_gated",
-    "num_interventions",
-)
-"""Whole numbers of `version_stats`: exact, whatever the order in which they were added."""
-
-
-def wrong_version_stats(connection: Connection) -> list[str]:
-    """Running sums below what is there; or above it, though nothing was pruned."""
-    sums = select(*_stats_key(VersionStats), *(getattr(VersionStats, name) for name in _COUNTED))
-    kept = {tuple(row[:3]): _whole(row[3:]) for row in connection.execute(sums)}
-    found = {tuple(row[:3]): _whole(row[3:]) for row in connection.execute(_stats_scan())}
-    pruned = set(connection.scalars(select(Run.id).where(Run.num_pruned_groups > 0)))
-    nothing = (0,) * len(_COUNTED)
-    wrong = [
-        key
-        for key in sorted(kept.keys() | found.keys())
-        if _disagree(kept.get(key, nothing), found.get(key, nothing), is_pruned=key[0] in pruned)
-    ]
-    if not wrong:
-        return []
-    run_id, kind, version = wrong[0]
-    return [
-        f"{len(wrong)} rows of version_stats disagree with trajectories, first kind {kind}, policy "
-        f"version {version} of run {run_id}: curves by version are wrong there; {_RESTORE}"
-    ]
-
-
-def _disagree(kept: tuple[int, ...], found: tuple[int, ...], *, is_pruned: bool) -> bool:
-    if is_pruned:
-        return any(sum_ < number for sum_, number in zip(kept, found, strict=True))
-    return kept != found
-
-
-def _whole(values: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)  # PostgreSQL sums integers into decimals
-
-
-def _stats_key(table: Any) -> tuple[Any, Any, Any]:
-    version = getattr(table, "policy_version", None) or Trajectory.min_policy_version
-    return table.run_id, table.kind, version
-
-
-def _stats_scan() -> Select[Any]:
-    t = Trajectory
-    is_scored = t.accuracy.is_not(None)
-    return (
-        select(
-            *_stats_key(t),
-            func.count(),
-            func.count(t.accuracy),
-            func.coalesce(func.sum(case((t.accuracy >= 1, 1), else_=0)), 0),
-            func.coalesce(func.sum(case((is_scored, t.num_tokens), else_=0)), 0),
-            func.sum(t.num_tokens),
-            func.sum(t.num_gated),
-            func.sum(t.num_interventions),
-        )
-        .where(t.status == "ok", t.group_id.is_not(None))
-        .group_by(*_stats_key(t))
-    )
-
-
 CHECKS = (
     Check(label="integrity of the file", find=file_integrity, is_decisive=True),
     Check(label="references between tables", find=missing_parents),
@@ -346,8 +178,8 @@ CHECKS = (
         label="consumed groups",
         find=counting(
             "consumed groups without the update that consumed them; nothing trains on them again: "
-            f"{_RESTORE} if the curves matter",
-            _CONSUMED_WITHOUT_UPDATE,
+            f"{RESTORE} if the curves matter",
+            CONSUMED_WITHOUT_UPDATE,
         ),
     ),
     Check(
@@ -355,7 +187,7 @@ CHECKS = (
         find=counting(
             "groups that are neither leased nor free of a lease; stop the learner and start it "
             "again, it releases them",
-            _LEASE_AND_STATUS_DISAGREE,
+            LEASE_AND_STATUS_DISAGREE,
         ),
     ),
     Check(
@@ -363,23 +195,23 @@ CHECKS = (
         find=counting(
             "trainable groups without a usable trajectory; set their status to 'failed', or the "
             "learner will give them up",
-            _EMPTY_GROUPS,
+            EMPTY_GROUPS,
         ),
     ),
     Check(
         label="tokens of trainable groups",
         find=counting(
             "usable trajectories of unconsumed groups without tokens; the learner cannot train on "
-            f"them: {_RESTORE}, or set the status of their groups to 'failed'",
-            _WITHOUT_TOKENS,
+            f"them: {RESTORE}, or set the status of their groups to 'failed'",
+            WITHOUT_TOKENS,
         ),
     ),
     Check(
         label="tokens of finished groups",
         find=counting(
             "finished groups that lost the tokens of some trajectories only, which pruning never "
-            f"does; {_RESTORE}",
-            _partly_pruned(),
+            f"does; {RESTORE}",
+            partly_pruned(),
         ),
     ),
     Check(
@@ -387,22 +219,22 @@ CHECKS = (
         find=counting(
             "demonstrations without tokens; delete these rows of trajectories, the expert solves "
             "their tasks anew",
-            _DEMONSTRATIONS_WITHOUT_TOKENS,
+            DEMONSTRATIONS_WITHOUT_TOKENS,
         ),
     ),
     Check(
         label="trajectories of groups",
         find=counting(
-            "groups whose num_on_policy, num_mixed or num_expert disagrees with their "
-            f"trajectories; {_RESTORE}",
-            _miscounted_groups(),
+            "groups whose num_on_policy, num_mixed, num_expert or num_tokens disagrees with their "
+            f"trajectories; {RESTORE}",
+            miscounted_groups(),
         ),
     ),
     Check(
         label="groups of updates",
         find=counting(
-            f"updates whose num_groups disagrees with the groups they consumed; {_RESTORE}",
-            _miscounted_updates(),
+            f"updates whose num_groups disagrees with the groups they consumed; {RESTORE}",
+            miscounted_updates(),
         ),
     ),
     Check(label="running sums", find=wrong_version_stats),

@@ -121,6 +121,7 @@ class GroupWriter:
         self._changed = threading.Condition()
         self._is_closing = False
         self._is_full = False
+        self._death: Exception | None = None
         self._num_rejected = 0
         self._events = EventQueue(database, run_id)
         self._replay = None
@@ -173,6 +174,15 @@ class GroupWriter:
             num_failures=self._outage.num_failures_ever,
         )
 
+    def check_health(self) -> None:
+        """Raise what the writer's thread ended with, if it did.
+
+        Raises:
+            StoreError: the thread ended by itself: no group is stored any more.
+        """
+        if self._death is not None:
+            raise StoreError("the writer of groups ended by itself") from self._death
+
     def close(self, timeout_s: float = 10.0) -> None:
         """Store or spool what was added, once more, and end the thread.
 
@@ -207,14 +217,15 @@ class GroupWriter:
             while self._wait():
                 self._turn()
             self._turn()
-        except BaseException as error:
-            # Nothing in a turn may raise; a thread that ends all the same must not be waited for.
+        except Exception as error:
+            # Nothing in a turn should raise; a thread that ends all the same must not be waited
+            # for, and `check_health` says so.
             log.exception("group_writer_died")
             with self._changed:
+                self._death = error
                 self._is_closing = True
                 self._changed.notify_all()
             self._give_up(StoreError(f"the writer ended: {type(error).__name__}: {error}"))
-            raise
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False once the writer is to end."""

@@ -101,7 +101,11 @@ CONSUMED = " AND group_id IN (SELECT id FROM rollout_groups WHERE status = 'cons
         ),
         (
             "UPDATE rollout_groups SET num_mixed = 7 WHERE status = 'ready'",
-            "1 groups whose num_on_policy, num_mixed or num_expert disagrees",
+            "1 groups whose num_on_policy, num_mixed, num_expert or num_tokens disagrees",
+        ),
+        (
+            "UPDATE rollout_groups SET num_tokens = num_tokens + 1 WHERE status = 'ready'",
+            "1 groups whose num_on_policy, num_mixed, num_expert or num_tokens disagrees",
         ),
         ("UPDATE updates SET num_groups = 3", "1 updates whose num_groups disagrees"),
         ("UPDATE updates SET num_groups = 1", "1 updates whose num_groups disagrees"),
@@ -248,6 +252,14 @@ def pages_of(path: Path, table: str) -> list[int]:
     return [page for (page,) in found]
 
 
+def page_size(path: Path) -> int:
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute("PRAGMA page_size").fetchone()[0]
+    finally:
+        connection.close()
+
+
 def flip(path: Path, *, offset: int, length: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset : offset + length] = bytes(byte ^ 0xFF for byte in data[offset : offset + length])
@@ -258,7 +270,7 @@ def flip(path: Path, *, offset: int, length: int) -> None:
 def test_a_corrupted_page_is_found(big_file, table):
     assert database_check(f"sqlite:///{big_file}")["ok"]
     page = pages_of(big_file, table)[1]
-    flip(big_file, offset=(page - 1) * 4096, length=64)  # header and pointers of the page
+    flip(big_file, offset=(page - 1) * page_size(big_file), length=64)  # header and pointers
     report = database_check(f"sqlite:///{big_file}")
     assert report["ok"] is False
     assert "damaged" in report["problems"][0]

@@ -497,6 +497,29 @@ def test_reading_never_writes(url: str, reader: StatsReader) -> None:
         connection.execute(insert(models.Run), [run("x", at=NOW)])
 
 
+def test_postgres_plans_for_the_values_of_each_query(url: str, reader: StatsReader) -> None:
+    if url.startswith("sqlite"):
+        pytest.skip("SQLite has no plans for queries of unknown values")
+    with reader.connection() as connection:
+        mode = connection.exec_driver_sql("SHOW plan_cache_mode").scalar_one()
+    assert mode == "force_custom_plan"
+
+
+def test_replacements_are_counted_over_the_newest_responses_of_the_run(
+    url: str, reader: StatsReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mentor_serve.store.stats.RECENT_TRAJECTORIES", 2)
+    write_group(url)
+    mixed = {"kind": "mixed", "num_interventions": 1}
+    write(url, models.Trajectory, [trajectory(f"t-{number}", **mixed) for number in (1, 2, 4)])
+    # Newer than the oldest of these two, but without a replacement that counts for the run.
+    write(url, models.Trajectory, [trajectory("t-3", kind="served")])
+    rows = [intervention(f"t-{number}", 0) for number in (1, 2, 3, 4)]
+    write(url, models.InterventionRow, rows)
+    (row,) = reader.replacements(RUN)
+    assert (row["num_interventions"], row["num_trajectories"]) == (2, 2)
+
+
 def test_a_password_is_never_shown() -> None:
     reader = StatsReader("postgresql://mentor:secret@localhost:1/mentor")
     assert "secret" not in reader.location

@@ -94,6 +94,16 @@ def test_staleness_counts_from_the_version_an_update_started_from(store, trained
     ]
 
 
+def test_throughput_is_what_was_stored_in_an_hour(store, trained, clock):
+    clock.advance(3600)
+    store.add_group(trained, group(number=99))
+    found = rows(store, "SELECT * FROM v_throughput ORDER BY hour")
+    assert [row["run_id"] for row in found] == [trained] * 2
+    # Three responses of five tokens a group; the demonstration was collected for no group.
+    counts = [(row["num_groups"], row["num_trajectories"], row["num_tokens"]) for row in found]
+    assert counts == [(4, 12, 60), (1, 3, 15)]
+
+
 def test_guidance_methods_are_shares_of_the_groups_of_a_run(store, run_id):
     other = store.open_run("other", {})
     store.add_group(other, group(number=1))

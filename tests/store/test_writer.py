@@ -320,6 +320,19 @@ def test_what_was_not_acknowledged_raises_at_the_end(database, run_id):
             writer.add(group())
 
 
+def test_a_writer_that_dies_says_so_and_holds_nobody_back(database, run_id, spool, monkeypatch):
+    with writing(database, run_id, spool) as writer:
+        writer.check_health()
+        monkeypatch.setattr(writer._events, "write", lambda: 1 / 0)
+        writer.add(group())
+        until(lambda: not writer._thread.is_alive())
+        with pytest.raises(StoreError, match="closed"):
+            writer.add(group())
+        with pytest.raises(StoreError, match="ended by itself") as caught:
+            writer.check_health()
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 def test_two_writers_may_share_a_spool(database, store, run_id, spool):
     database.error = away()
     with writing(database, run_id, spool) as writer:
