@@ -111,14 +111,25 @@ def test_alternatives_of_mixed_rollouts_are_the_policys(tiny_pair):
             assert [token for token, _ in mine] == [token for token, _ in yours]
 
 
-def test_prompts_are_scored(tiny_pair):
-    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True, top_logprobs=2)
-    request = _mixed(mixed=False, prompt_logprobs=True, num_samples=1, sampling=sampling)
+@pytest.mark.parametrize("num_top", [0, 2])
+@pytest.mark.parametrize("prompt", [[7], [4, 14, 5], [4, 14, 5, 9] * 40])
+def test_prompts_are_scored(tiny_pair, prompt, num_top):
+    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True, top_logprobs=num_top)
+    request = _mixed(
+        mixed=False,
+        prompt_logprobs=True,
+        num_samples=3,
+        prompt_token_ids=prompt,
+        sampling=sampling,
+    )
     (ours,) = build_vllm(*tiny_pair).generate([request])
     (theirs,) = TorchEngine(*tiny_pair).generate([request])
-    np.testing.assert_allclose(ours[0].prompt_logprobs, theirs[0].prompt_logprobs, atol=1e-4)
-    tops = zip(ours[0].prompt_top_logprobs, theirs[0].prompt_top_logprobs, strict=True)
-    assert all([t for t, _ in mine] == [t for t, _ in yours] for mine, yours in tops)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one.prompt_logprobs, other.prompt_logprobs, atol=1e-4)
+        assert (one.prompt_top_logprobs is None) == (num_top == 0)
+        tops = zip(one.prompt_top_logprobs or [], other.prompt_top_logprobs or [], strict=True)
+        for mine, yours in tops:
+            assert [token for token, _ in mine] == [token for token, _ in yours]
 
 
 @pytest.mark.parametrize("mixed", [True, False])

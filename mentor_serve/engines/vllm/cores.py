@@ -74,7 +74,8 @@ class CoreOptions:
     device: str = "cpu"
     dtype: str = "float32"
     max_batch_size: int = 64
-    """Rollouts that run at the same time, in each core."""
+    """Rollouts that run at the same time; requests of a priority above 0 find an eighth as many
+    further rows (at least one)."""
     max_model_len: int
     """Prompt plus response, in tokens."""
     kv_cache_gib: float = 4.0
@@ -85,6 +86,16 @@ class CoreOptions:
     """Neither compile nor capture graphs; None does that on the CPU, where compiling takes longer
     than it saves in a test or a small model."""
     seed: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a core may run."""
+        return self.max_batch_size + num_priority_rows(self.max_batch_size)
+
+
+def num_priority_rows(max_batch_size: int) -> int:
+    """Rows beside those of rollouts, for requests that need not wait for them."""
+    return max(1, max_batch_size // 8)
 
 
 class Core:
@@ -267,14 +278,14 @@ def _arguments(
 ) -> dict[str, Any]:
     eager = options.enforce_eager
     # A row must never lack room for its drafts in a step.
-    num_tokens_a_step = max(4096, options.max_batch_size * (options.num_draft_tokens + 2))
+    num_tokens_a_step = max(4096, options.num_rows * (options.num_draft_tokens + 2))
     return {
         "model": path,
         "skip_tokenizer_init": True,
         "dtype": options.dtype,
         "seed": options.seed,
         "max_model_len": options.max_model_len + num_extra,
-        "max_num_seqs": options.max_batch_size,
+        "max_num_seqs": options.num_rows,
         "max_num_batched_tokens": num_tokens_a_step,
         "kv_cache_memory_bytes": kv_cache_bytes,
         # The caches are given in bytes above; a core must start beside the others, whose memory

@@ -23,7 +23,13 @@ from mentor_serve.engines.assembly import eos_table, tokenizer_of
 from mentor_serve.engines.base import EngineStats, StepOutput
 from mentor_serve.engines.scheduler import EngineLimits, Job, Room, Scheduler, check_request
 from mentor_serve.engines.stopping import response_text
-from mentor_serve.engines.vllm.cores import Core, CoreOptions, Cores, start_cores
+from mentor_serve.engines.vllm.cores import (
+    Core,
+    CoreOptions,
+    Cores,
+    num_priority_rows,
+    start_cores,
+)
 from mentor_serve.engines.vllm.rows import RowSampling, StepRecords
 from mentor_serve.engines.vllm.samples import Sample
 from mentor_serve.engines.vllm.scores import prompt_scores
@@ -259,10 +265,9 @@ class VllmEngine:
         prompt = [*job.prompt, *sample.token_ids]
         left = job.max_new_tokens - len(sample.token_ids)
         if sample.core is self._cores.policy:
+            # Each sample scores the prompt itself: one that waited for another's scores could end
+            # before them.
             scores = request.prompt_logprobs and job.prompt_logprobs is None
-            if scores:
-                job.scored_by = job.scored_by if job.scored_by is not None else sample.sample_index
-                scores = job.scored_by == sample.sample_index
             sample.core.add(
                 RowSampling.of(request, key=sample.key, sample=sample.sample_index),
                 prompt,
@@ -381,13 +386,10 @@ class VllmEngine:
 
 
 def _room(max_batch_size: int, max_model_len: int) -> Room:
-    """Slots only: vLLM pages keys and values and puts rows out where they run short.
-
-    HTTP requests find an eighth of the rows free of rollouts.
-    """
-    reserved = max(1, max_batch_size // 9) if max_batch_size > 1 else 0
+    """Rows only: vLLM pages keys and values, and puts rows out where they run short."""
+    num_priority = num_priority_rows(max_batch_size)
     return Room(
-        num_slots=max_batch_size - reserved,
-        num_priority_slots=reserved,
-        num_tokens=(max_batch_size + 1) * max_model_len,
+        num_slots=max_batch_size,
+        num_priority_slots=num_priority,
+        num_tokens=(max_batch_size + num_priority) * max_model_len,
     )

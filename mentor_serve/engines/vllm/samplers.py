@@ -152,7 +152,8 @@ class MixedSampler(_StepSampler):
         if draft is None or len(draft.rows) != len(logits):
             raise RuntimeError("vLLM drafts for other rows than it sampled: not as in version 0.32")
         # A copy: on the CPU the logits may be a view of a buffer that the next pass overwrites.
-        drafts = draw_policy(logits.float().clone(), draft.rows, offset=len(draft.steps))
+        own = logits.to(torch.float32, copy=True)
+        drafts = draw_policy(own, draft.rows, offset=len(draft.steps))
         draft.steps.append(drafts)
         return drafts.ids, drafts.ids.unsqueeze(-1)
 
