@@ -154,9 +154,10 @@ def _check(url: str, run_id: str, last_id: str, num_groups: int) -> None:
             found = connection.execute(text(_CHECK), {"run_id": run_id, "last_id": last_id}).one()
     finally:
         engine.dispose()
-    if tuple(map(int, found)) != (num_groups, num_groups, num_groups):
+    counts = tuple(int(one or 0) for one in found)
+    if counts != (num_groups, num_groups, num_groups):
         raise RuntimeError(
-            f"expected {num_groups} groups, each consumed by one update, found {tuple(found)} "
+            f"expected {num_groups} groups, each consumed by one update, found {counts} "
             "(groups, consumed, sum over updates)"
         )
 
