@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import positive_int, processor, report_progress
+from mentor_serve.store.connection import parse_url
 from mentor_serve.store.stats import StatsReader
 from mentor_serve.types import TrajectoryKind
 
@@ -120,15 +121,11 @@ def _seconds(query: Query) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - cpu_started
 
 
-def main() -> None:
-    """Time every query and print the times as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("url", help="a database that benchmarks.store_seed filled")
-    parser.add_argument("--repeats", type=positive_int, default=20)
-    given = parser.parse_args()
-    reader = StatsReader(given.url, timeout_s=60)
+def measure_all(url: str, *, repeats: int = 20) -> dict[str, Any]:
+    """Time every query; the result as JSON."""
+    reader = StatsReader(url, timeout_s=60)
     result: dict[str, Any] = {
-        "database": reader.location,
+        "database": parse_url(url).get_backend_name(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "load_average_before": os.getloadavg()[0],
@@ -136,10 +133,19 @@ def main() -> None:
     for part, queries in (("dashboard", dashboard(reader)), ("guide", guide(reader))):
         result[part] = {}
         for name, query in queries:
-            result[part][name] = measure(query, repeats=given.repeats)
+            result[part][name] = measure(query, repeats=repeats)
             report_progress(f"{name}: {result[part][name]}")
     reader.close()
-    print(json.dumps(result, indent=2))
+    return result
+
+
+def main() -> None:
+    """Time every query and print the times as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("url", help="a database that benchmarks.store_seed filled")
+    parser.add_argument("--repeats", type=positive_int, default=20)
+    given = parser.parse_args()
+    print(json.dumps(measure_all(given.url, repeats=given.repeats), indent=2))
 
 
 if __name__ == "__main__":

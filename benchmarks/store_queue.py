@@ -154,9 +154,10 @@ def _check(url: str, run_id: str, last_id: str, num_groups: int) -> None:
             found = connection.execute(text(_CHECK), {"run_id": run_id, "last_id": last_id}).one()
     finally:
         engine.dispose()
-    if tuple(map(int, found)) != (num_groups, num_groups, num_groups):
+    counts = tuple(int(one or 0) for one in found)
+    if counts != (num_groups, num_groups, num_groups):
         raise RuntimeError(
-            f"expected {num_groups} groups, each consumed by one update, found {tuple(found)} "
+            f"expected {num_groups} groups, each consumed by one update, found {counts} "
             "(groups, consumed, sum over updates)"
         )
 
@@ -185,6 +186,35 @@ def _update(step: int, num_groups: int) -> UpdateRecord:
     )
 
 
+def measure(url: str, *, num_groups: int, learners: list[int]) -> dict[str, Any]:
+    """Every number of learners, alone and beside a writer; the result as JSON."""
+    upgrade(url)
+    num_groups = num_groups // GROUPS_PER_UPDATE * GROUPS_PER_UPDATE
+    found = []
+    for count in learners:
+        for is_written_to in (False, True):
+            name = f"queue-{count}-{is_written_to}"
+            report_progress(f"{count} learners, written to: {is_written_to}")
+            found.append(
+                drain(
+                    url,
+                    name=name,
+                    num_groups=num_groups,
+                    learners=count,
+                    is_written_to=is_written_to,
+                )
+            )
+    return {
+        "benchmark": "store_queue",
+        "processor": processor(),
+        "database": parse_url(url).get_backend_name(),
+        "groups": num_groups,
+        "groups_an_update": GROUPS_PER_UPDATE,
+        "trajectories_a_group": NUM_TRAJECTORIES,
+        "queues": [asdict(one) for one in found],
+    }
+
+
 @contextmanager
 def _database(url: str | None) -> Iterator[str]:
     if url is not None:
@@ -202,41 +232,16 @@ def main() -> None:
     parser.add_argument("--learners", type=positive_int, nargs="+", default=[1, 4])
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args()
-    num_groups = arguments.groups // GROUPS_PER_UPDATE * GROUPS_PER_UPDATE
-    found = []
     with _database(arguments.url) as url:
-        upgrade(url)
-        for learners in arguments.learners:
-            for is_written_to in (False, True):
-                name = f"queue-{learners}-{is_written_to}"
-                report_progress(f"{learners} learners, written to: {is_written_to}")
-                found.append(
-                    drain(
-                        url,
-                        name=name,
-                        num_groups=num_groups,
-                        learners=learners,
-                        is_written_to=is_written_to,
-                    )
-                )
-        backend = parse_url(url).get_backend_name()
+        result = measure(url, num_groups=arguments.groups, learners=arguments.learners)
     if arguments.json:
-        result = {
-            "benchmark": "store_queue",
-            "processor": processor(),
-            "database": backend,
-            "groups": num_groups,
-            "groups_an_update": GROUPS_PER_UPDATE,
-            "trajectories_a_group": NUM_TRAJECTORIES,
-            "queues": [asdict(one) for one in found],
-        }
         print(json.dumps(result, indent=2))
         return
-    for one in found:
-        beside = "beside a writer" if one.is_written_to else "alone"
+    for one in result["queues"]:
+        beside = "beside a writer" if one["is_written_to"] else "alone"
         print(
-            f"{one.learners} learners {beside:16} {one.groups_per_s:8.1f} groups/s  "
-            f"p50 {one.p50_ms:.1f} ms  p95 {one.p95_ms:.1f} ms  {one.groups_by_learner}"
+            f"{one['learners']} learners {beside:16} {one['groups_per_s']:8.1f} groups/s  "
+            f"p50 {one['p50_ms']:.1f} ms  p95 {one['p95_ms']:.1f} ms  {one['groups_by_learner']}"
         )
 
 
