@@ -364,6 +364,7 @@ def test_what_the_samplers_need_of_vllm_is_looked_for_at_the_start():
         worker.mentor_install()
 
 
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, while it is imported
 def test_a_context_without_room_for_drafts_is_refused(tiny_llama, tmp_path):
     from mentor_serve.engines.vllm.cores import CoreOptions, start_cores
 
@@ -372,6 +373,7 @@ def test_a_context_without_room_for_drafts_is_refused(tiny_llama, tmp_path):
         start_cores(tmp_path, tmp_path, CoreOptions(max_model_len=256))
 
 
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, while it is imported
 def test_heads_that_vllm_cannot_attend_with_are_refused(tiny_llama, tmp_path):
     from mentor_serve.engines.vllm.cores import CoreOptions, start_cores
 
@@ -380,6 +382,7 @@ def test_heads_that_vllm_cannot_attend_with_are_refused(tiny_llama, tmp_path):
         start_cores(tmp_path, None, CoreOptions(max_model_len=256))
 
 
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, while it is imported
 def test_a_device_that_this_vllm_is_not_for_is_refused():
     from mentor_serve.engines.vllm.cores import check_device
 
