@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def service(
     request: pytest.FixtureRequest,
     start_service: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Any:
+) -> Iterator[Any]:
     env = {
         "MENTOR_SERVE_POLICY__ENGINE": "vllm",
         "MENTOR_SERVE_POLICY__KV_CACHE_GIB": "1.0",
@@ -66,7 +66,9 @@ def service(
         expert = _perturbed_copy(tmp_path_factory.mktemp("expert"))
         env |= {"MENTOR_SERVE_POLICY__MODEL": SMOLLM2, "MENTOR_SERVE_EXPERT__MODEL": expert}
         env |= SMOLLM2_SETTINGS
-    return start_service(env=env, timeout_s=400.0)
+    running = start_service(env=env, timeout_s=400.0)
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,11 @@ def test_a_stream_equals_the_whole_answer(client: openai.OpenAI) -> None:
 
 
 def test_it_learns_and_serves_what_it_learned(service: Any, client: openai.OpenAI) -> None:
-    service.wait_for_step(2, timeout_s=600.0)
-    reply = client.completions.create(model="policy", prompt=QUESTION, max_tokens=4)
-    assert reply.model_extra["mentor"]["policy_version"] >= 2
+    def served_version() -> int:
+        reply = client.completions.create(model="policy", prompt=QUESTION, max_tokens=4)
+        return int(reply.model_extra["mentor"]["policy_version"])
+
+    service.wait_for(lambda: served_version() >= 2, "served version 2", timeout_s=600.0)
     live = service.get("/v1/training")["live_version"]
     kept = client.completions.create(model=f"policy@{live - 1}", prompt=QUESTION, max_tokens=4)
     assert kept.model_extra["mentor"]["policy_version"] == live - 1
