@@ -101,20 +101,25 @@ def test_learning_rate_and_clipping_follow_the_update(backend, torch_backend):
         assert_same_weights(backend.full_state(), torch_backend.full_state())
 
 
+def assert_resumed_anew(case, directory, expected_metrics, expected):
+    fresh = case.make()
+    try:
+        # Other weights, so that what is found must come from the checkpoint.
+        fresh.build(tiny_model(seed=9))
+        fresh.load(directory)
+        assert train(fresh, 2, first_seed=2) == expected_metrics
+        assert_identical(fresh.full_state(), expected)
+    finally:
+        fresh.close()
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(case, backend, tmp_path):
     train(backend, 2)
     backend.save(tmp_path)
     expected_metrics = train(backend, 2, first_seed=2)
     expected = backend.full_state()
-    fresh = case.make()
-    try:
-        # Other weights, so that what is found must come from the checkpoint.
-        fresh.build(tiny_model(seed=9))
-        fresh.load(tmp_path)
-        assert train(fresh, 2, first_seed=2) == expected_metrics
-        assert_identical(fresh.full_state(), expected)
-    finally:
-        fresh.close()
+    if case.zero_stage >= 2:  # starting ranks takes long, and stages 0 and 1 load as 2 does
+        assert_resumed_anew(case, tmp_path, expected_metrics, expected)
     backend.load(tmp_path)
     assert train(backend, 2, first_seed=2) == expected_metrics
     assert_identical(backend.full_state(), expected)
