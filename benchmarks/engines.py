@@ -14,8 +14,10 @@ Models: the bundled pair, or SmolLM2-135M if it is named (see `benchmarks/pairs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -68,7 +70,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--gamma", type=float, default=4.0)
     arguments = parser.parse_args()
-    report = measure(arguments, machine_of(arguments))
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries say while they start
+        report = measure(arguments, machine_of(arguments))
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:

@@ -36,6 +36,8 @@ _ENVIRONMENT = {
 }
 _DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # Standard output belongs to the commands.
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     # The process shares its cores with others; Ray and `num_threads` say how many it may use.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }

@@ -56,8 +56,7 @@ def draw_policy(logits_BV: Tensor, rows: Rows, *, offset: int = 0) -> Drafts:
     columns = [ids.double(), policy.logprobs_of(ids).double(), policy.entropies().double()]
     token_ids, logprobs, entropies = torch.stack(columns).cpu().numpy()
     entropies = entropies.astype(np.float32)
-    gate = guidance_weight(torch.from_numpy(entropies), torch.from_numpy(rows.gamma)).numpy()
-    weights = np.where(rows.is_mixed, gate, 0.0).astype(np.float32)
+    weights, is_gated = _gate(entropies, rows, offset=offset)
     return Drafts(
         ids=ids,
         policy=policy,
@@ -65,7 +64,7 @@ def draw_policy(logits_BV: Tensor, rows: Rows, *, offset: int = 0) -> Drafts:
         logprobs=logprobs.astype(np.float32),
         entropies=entropies,
         weights=weights,
-        is_gated=rows.uniforms(Stream.COIN, offset=offset).numpy() < weights,
+        is_gated=is_gated,
         top_logprobs=_top_logprobs(policy, rows),
     )
 
@@ -150,6 +149,17 @@ def mixed_records(
         "mixed_logprobs": mixed_logprobs(weights, judged.policy_logprobs, judged.expert_logprobs),
         "sources": np.where(judged.is_replaced, int(TokenSource.EXPERT), kept),
     }
+
+
+def _gate(
+    entropies: NDArray[np.float32], rows: Rows, *, offset: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Weights and coins [B]; both nothing in rows that are not mixed."""
+    if not rows.is_mixed.any():
+        return np.zeros(len(rows), np.float32), np.zeros(len(rows), np.bool_)
+    gate = guidance_weight(torch.from_numpy(entropies), torch.from_numpy(rows.gamma)).numpy()
+    weights = np.where(rows.is_mixed, gate, 0.0).astype(np.float32)
+    return weights, rows.uniforms(Stream.COIN, offset=offset).numpy() < weights
 
 
 def _masses(policy: Distribution, rows: Rows) -> Tensor:
