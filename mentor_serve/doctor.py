@@ -42,6 +42,7 @@ def run_checks(settings: Settings) -> list[Check]:
     for name, probe in (
         ("state directory", _state),
         ("database", _database),
+        ("engine", _engine),
         ("models", _models),
         ("tasks", _tasks),
         ("API port", _api_port),
@@ -134,6 +135,16 @@ def _database(settings: Settings) -> str:
 
         require_current(settings.database_url)
     return f"schema {state.status} (revision {state.current or 'none'}, code {state.head})"
+
+
+def _engine(settings: Settings) -> str:
+    if settings.policy.engine == "torch":
+        return "torch"
+    from mentor_serve.engines.vllm.cores import check_device, check_installation
+
+    installed = check_installation()
+    check_device(settings.policy.device)
+    return f"{installed} on {settings.policy.device}"
 
 
 def _models(settings: Settings) -> str:

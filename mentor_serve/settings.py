@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from mentor_serve.errors import ConfigError
+from mentor_serve.model_settings import ExpertSettings, PolicySettings, check_models
 from mentor_serve.rank_settings import RankSettings
 from mentor_serve.store_settings import StoreSettings
 
@@ -47,52 +48,6 @@ PAPER_SYSTEM_PROMPT = (
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class PolicySettings(_Section):
-    """The model that is served and trained."""
-
-    model: str = "embedded:policy"
-    """`embedded:policy`, a Hugging Face model directory, or a hub id."""
-    engine: Literal["torch"] = "torch"
-    """What generates: this project's engine on torch, for any Hugging Face causal LM."""
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_batch_size: PositiveInt = 96
-    """Rollouts that decode at the same time; HTTP requests find an eighth as many further slots."""
-    max_model_len: PositiveInt = 512
-    """Prompt plus response, in tokens."""
-    kv_cache_gib: PositiveFloat = 4.0
-    """Memory for keys and values of one replica, policy and colocated expert together; requests
-    that do not fit wait."""
-    num_replicas: PositiveInt = 1
-    num_cpus: PositiveFloat = 0.5
-    """CPUs that Ray books for one replica."""
-    num_gpus: float = Field(default=0.0, ge=0)
-    num_threads: NonNegativeInt = 1
-    """Torch threads of a replica; 0 leaves torch's own choice."""
-    max_queued_requests: PositiveInt = 512
-    """HTTP and rollout requests that may wait for one replica; more are answered 503."""
-
-
-class ExpertSettings(_Section):
-    """The advisor: a stronger model over the same vocabulary."""
-
-    model: str = "embedded:expert"
-    """`embedded:expert`, a Hugging Face model directory, a hub id, or `none`."""
-    placement: Literal["colocated", "remote"] = "colocated"
-    """`colocated`: in the policy's process. `remote`: a deployment of its own."""
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    num_cpus: PositiveFloat = 0.3
-    num_gpus: float = Field(default=0.0, ge=0)
-    num_threads: NonNegativeInt = 1
-    timeout_s: PositiveFloat = 5.0
-    """How long a remote expert may take; after that its rollouts go on without it."""
-    run_ahead: Literal["auto"] | NonNegativeInt = "auto"
-    """How far the policy drafts past tokens that wait for the expert. `auto` weighs measured costs;
-    k runs on to k such tokens a rollout, 0 settles each at once. Speed only: what is sampled stays
-    the same."""
 
 
 class RolloutSettings(_Section):
@@ -346,6 +301,7 @@ class Settings(_Section):
                 f"learner.prompts_per_step ({self.learner.prompts_per_step})"
             )
         self._check_guidance()
+        check_models(self.policy, self.expert)
         if self.learner.importance != "none" and self.learner.old_logprobs != "recomputed":
             raise ValueError(
                 f"learner.importance = {self.learner.importance!r} needs "

@@ -181,7 +181,8 @@ class GatewayBackend:
                 "num_running": state.num_running,
             }
         except (MentorError, TimeoutError) as error:
-            reasons.append(f"policy: {error}")
+            silent = f"loading its models, or busy: no answer within {ANSWER_TIMEOUT_S:g} s"
+            reasons.append(f"policy: {str(error) or silent}")
         is_ready = not reasons
         store_reasons, store_details = await self._store_watch.look()
         reasons += store_reasons

@@ -17,12 +17,13 @@ from mentor_serve import engines
 from mentor_serve.actors import names
 from mentor_serve.actors.detached import retire_outdated
 from mentor_serve.actors.expert import RemoteExpert
+from mentor_serve.actors.policy_engines import build_engines, torch_engine
 from mentor_serve.actors.runtime import enter_process
 from mentor_serve.actors.weight_store import PublishedWeights, ensure_weight_store
 from mentor_serve.engines.base import EngineStats, StepOutput
 from mentor_serve.engines.driver import EngineDriver
 from mentor_serve.errors import InvalidRequest, StalePolicyError, WeightsError
-from mentor_serve.models.loading import load_model, load_tokenizer
+from mentor_serve.models.loading import load_tokenizer
 from mentor_serve.settings import Settings
 from mentor_serve.types import Guidance, Rollout, RolloutRequest
 from mentor_serve.weights import snapshot_path
@@ -64,34 +65,12 @@ class Policy:
             self._load_at_start(published)
 
     def _build_engines(self, expert: Any) -> tuple[EngineDriver, EngineDriver | None]:
-        policy = self._settings.policy
-        expert_settings = self._settings.expert
-        expert_model = None
-        advisor = None if expert is None else RemoteExpert(expert, expert_settings.timeout_s)
-        if expert is None and expert_settings.model != "none":
-            expert_model = load_model(
-                expert_settings.model, dtype=expert_settings.dtype, device=expert_settings.device
-            )
-            advisor = expert_model
-        driver = EngineDriver(self._engine(policy.model, expert=advisor))
-        expert_driver = None
-        if expert_model is not None:
-            expert_driver = EngineDriver(self._engine(expert_model, expert=None))
-        return driver, expert_driver
-
-    def _engine(self, model: Any, *, expert: Any) -> engines.TorchEngine:
-        policy = self._settings.policy
-        return engines.TorchEngine(
-            policy=model,
-            expert=expert,
-            tokenizer=self._tokenizer,
-            device=policy.device,
-            dtype=policy.dtype,
-            max_batch_size=policy.max_batch_size,
-            max_model_len=policy.max_model_len,
-            kv_cache_gib=policy.kv_cache_gib,
-            run_ahead=self._settings.expert.run_ahead,
-        )
+        remote = None
+        if expert is not None:
+            remote = RemoteExpert(expert, self._settings.expert.timeout_s)
+        policy_engine, expert_engine = build_engines(self._settings, self._tokenizer, remote)
+        expert_driver = None if expert_engine is None else EngineDriver(expert_engine)
+        return EngineDriver(policy_engine), expert_driver
 
     async def guidance(self) -> Guidance:
         """Version, alpha and gamma that new rollouts are sampled under."""
@@ -210,7 +189,7 @@ class Policy:
                 f"policy@{version} is not kept (weights.keep_versions = "
                 f"{self._settings.weights.keep_versions}); see GET /v1/weights"
             )
-        engine = self._engine(str(path), expert=None)
+        engine = torch_engine(self._settings, str(path), expert=None, tokenizer=self._tokenizer)
         engine.load_weights(engine.policy_model.state_dict(), version=version)
         return engine
 

@@ -145,7 +145,7 @@ def apply(verdicts: Verdicts, batch: Batch, tails: Tails) -> SlotIndex:
         {
             "policy_logprobs": policy,
             "expert_logprobs": expert,
-            "mixed_logprobs": _mixed_logprobs(records["weights"][slots, positions], policy, expert),
+            "mixed_logprobs": mixed_logprobs(records["weights"][slots, positions], policy, expert),
         },
     )
     cut, at = slots[replaced], positions[replaced]
@@ -205,7 +205,7 @@ def _note_interventions(verdicts: Verdicts, batch: Batch, positions: NDArray[np.
         )
 
 
-def _mixed_logprobs(
+def mixed_logprobs(
     weights: NDArray[np.float32], policy: NDArray[np.float32], expert: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """`log((1 - w) pi_theta + w pi*)` (Eq. 6), in log space so that nothing underflows: [m]."""

@@ -20,7 +20,7 @@ def check_weights(model: Any, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         WeightsError: naming the first weight that is missing, unknown, misshapen or at odds.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     for name in state_dict:
         if name not in own:
             raise WeightsError(
@@ -58,6 +58,7 @@ def copy_weights(model: Any, state_dict: Mapping[str, Tensor]) -> None:
 def _tied_groups(own: Mapping[str, Tensor]) -> list[list[str]]:
     groups: dict[tuple[int, torch.Size], list[str]] = {}
     for name, value in own.items():
-        key = (value.data_ptr(), value.shape) if value.numel() else (id(value), value.shape)
+        has_memory = value.numel() > 0 and not value.is_meta
+        key = (value.data_ptr() if has_memory else id(value), value.shape)
         groups.setdefault(key, []).append(name)
     return list(groups.values())

@@ -60,7 +60,7 @@ class RunningService:
         with urllib.request.urlopen(self.base_url + path, timeout=timeout_s) as response:
             return json.loads(response.read())
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, *, timeout_s: float = START_TIMEOUT_S) -> None:
         def is_ready() -> bool:
             assert self.process.poll() is None, f"the service ended:\n{self.output.read_text()}"
             try:
@@ -68,7 +68,7 @@ class RunningService:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 return False
 
-        self.wait_for(is_ready, "readiness", timeout_s=START_TIMEOUT_S)
+        self.wait_for(is_ready, "readiness", timeout_s=timeout_s)
         self._descendants = psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_for(
@@ -156,6 +156,7 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
         command: list[str] | None = None,
         env: dict[str, str] | None = None,
         port: int | None = None,
+        timeout_s: float = START_TIMEOUT_S,
     ) -> RunningService:
         service = RunningService(
             home or tmp_path_factory.mktemp("service"),
@@ -164,7 +165,7 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
             env or {},
         )
         services.append(service)
-        service.wait_until_ready()
+        service.wait_until_ready(timeout_s=timeout_s)
         return service
 
     yield start

@@ -11,6 +11,8 @@ import pytest
 from mentor_serve.engines import Engine, TorchEngine
 from mentor_serve.engines.expert import ExpertServer
 
+from .vllm_models import build_vllm
+
 RunAhead = Literal["auto"] | int
 
 
@@ -33,6 +35,10 @@ class EngineCase:
     num_scenarios: int = 4
     """How many scenarios of `test_responses` it samples; the last ones may be left to another case
     that drafts by the same code."""
+    num_samples: int = 50_000
+    """Of each scenario."""
+    fewest_prompt_tokens: int = 1
+    """Of mixed requests."""
     max_batch_size: int = 50_000
     """How many rollouts of a few tokens it does best at once, for the tests with many samples."""
     logprob_tolerance: float = 1e-4
@@ -74,6 +80,15 @@ def _remote(policy: Any, expert: Any = None, **options: Any) -> Engine:
 CASES = (
     EngineCase(name="torch-colocated", build=_colocated),
     EngineCase(name="torch-remote", build=_remote, num_scenarios=2, max_batch_size=2000),
+    EngineCase(
+        name="vllm",
+        build=build_vllm,
+        run_aheads=(None,),
+        num_scenarios=2,
+        num_samples=20_000,
+        fewest_prompt_tokens=2,
+        max_batch_size=256,
+    ),
 )
 SETUPS = tuple(Setup(case=case, run_ahead=value) for case in CASES for value in case.run_aheads)
 

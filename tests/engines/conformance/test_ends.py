@@ -118,7 +118,7 @@ def test_an_end_chosen_by_the_expert_drops_the_tail(markov_model, setup):
         eos_token_ids=[EOS],
     )
     request = RolloutRequest(
-        prompt_token_ids=(A,),
+        prompt_token_ids=(A,) * setup.case.fewest_prompt_tokens,
         mixed=True,
         gamma=0.0,
         num_samples=16,

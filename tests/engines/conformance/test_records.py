@@ -16,12 +16,12 @@ from .response_tree import Gate, tables_along
 PROMPTS = ([4, 14, 5, 18], [7], [9, 3] * 12)
 
 
-def _requests(**options):
+def _requests(setup, **options):
     """Three prompts at different temperatures, gates and lengths: [(request, its gate)]."""
     gates = (Gate(gamma=1.5, temperature=0.8), Gate(gamma=0.0), Gate(gamma=4.0, temperature=1.3))
     requests = [
         RolloutRequest(
-            prompt_token_ids=prompt,
+            prompt_token_ids=prompt * max(1, setup.case.fewest_prompt_tokens // len(prompt)),
             gamma=gate.gamma,
             num_samples=4,
             seed=seed,
@@ -62,7 +62,7 @@ def _assert_close(recorded, expected, setup):
 @pytest.mark.parametrize("record_mixed", [False, True], ids=["lazily", "everywhere"])
 def test_mixed_records_equal_a_teacher_forced_pass(tiny_pair, setup, record_mixed):
     engine = setup.build(*tiny_pair, max_batch_size=5)
-    recorded = _generate(engine, _requests(mixed=True, record_mixed=record_mixed))
+    recorded = _generate(engine, _requests(setup, mixed=True, record_mixed=record_mixed))
     for rollout, request, gate in recorded:
         tables = _tables(tiny_pair, rollout, request, gate)
         emitted = np.arange(rollout.num_tokens), rollout.token_ids
@@ -86,7 +86,7 @@ def test_mixed_records_equal_a_teacher_forced_pass(tiny_pair, setup, record_mixe
 @each_setup()
 def test_interventions_say_what_was_proposed_and_what_was_chosen(tiny_pair, setup):
     engine = setup.build(*tiny_pair, max_batch_size=5)
-    recorded = _generate(engine, _requests(mixed=True))
+    recorded = _generate(engine, _requests(setup, mixed=True))
     tolerance = setup.case.logprob_tolerance
     for rollout, request, gate in recorded:
         tables = _tables(tiny_pair, rollout, request, gate)
@@ -112,7 +112,7 @@ def test_interventions_say_what_was_proposed_and_what_was_chosen(tiny_pair, setu
 def test_counts_of_rollouts_and_engine_agree(tiny_pair, setup):
     """Tokens that were rolled back count nowhere but in `rolled_back_tokens`."""
     engine = setup.build(*tiny_pair, max_batch_size=5)
-    recorded = _generate(engine, _requests(mixed=True) + _requests(mixed=False))
+    recorded = _generate(engine, _requests(setup, mixed=True) + _requests(setup, mixed=False))
     rollouts = [rollout for rollout, *_ in recorded]
     for rollout in rollouts:
         assert rollout.num_gated == np.count_nonzero(rollout.sources)
@@ -126,7 +126,7 @@ def test_counts_of_rollouts_and_engine_agree(tiny_pair, setup):
 @each_setup()
 def test_rollouts_of_the_policy_alone_have_nothing_of_the_expert(tiny_pair, setup):
     engine = setup.build(*tiny_pair, max_batch_size=5)
-    for rollout, request, gate in _generate(engine, _requests(mixed=False)):
+    for rollout, request, gate in _generate(engine, _requests(setup, mixed=False)):
         tables = _tables(tiny_pair, rollout, request, gate)
         emitted = np.arange(rollout.num_tokens), rollout.token_ids
         _assert_close(rollout.policy_logprobs, np.log(tables.policy[emitted]), setup)

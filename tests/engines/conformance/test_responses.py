@@ -1,4 +1,4 @@
-"""Whole responses follow pi_mix, enumerated: 50,000 samples of up to three tokens.
+"""Whole responses follow pi_mix, enumerated: 20,000 samples or more of up to three tokens.
 
 Every p-value is compared with `FALSE_ALARM`: a correct engine fails one of these tests on a fresh
 seed with that probability (for the chi-square tests up to their approximation), and never on the
@@ -25,7 +25,6 @@ from .comparison import (
 )
 from .response_tree import Gate, ResponseTree
 
-NUM_SAMPLES = 50_000
 LENGTH = 3
 EOS = 5
 
@@ -43,7 +42,7 @@ class Scenario:
     def ends(self, response: tuple[int, ...]) -> bool:
         return response[-1] == EOS or response[-1] in self.stop_token_ids
 
-    def request(self, *, seed: int, num_samples: int = NUM_SAMPLES) -> RolloutRequest:
+    def request(self, *, seed: int, num_samples: int) -> RolloutRequest:
         return RolloutRequest(
             prompt_token_ids=self.prompt,
             mixed=True,
@@ -110,14 +109,15 @@ def sampled(request, small_pair):
         *small_pair, scenario.prompt, scenario.gate, max_new_tokens=LENGTH, ends=scenario.ends
     )
     engine = setup.build(*small_pair, max_batch_size=setup.case.max_batch_size, eos_token_ids=[EOS])
-    (rollouts,) = engine.generate([scenario.request(seed=setup.seed)])
+    asked = scenario.request(seed=setup.seed, num_samples=setup.case.num_samples)
+    (rollouts,) = engine.generate([asked])
     assert not any(rollout.expert_lost for rollout in rollouts)
     return Sampled(scenario=scenario, setup=setup, rollouts=rollouts, tree=tree)
 
 
 def test_responses_follow_the_enumerated_mixture(sampled):
     """Chi-square over all responses."""
-    assert len(sampled.rollouts) == NUM_SAMPLES
+    assert len(sampled.rollouts) == sampled.setup.case.num_samples
     assert chi_square_p_value(sampled.counts, sampled.tree.probabilities) > FALSE_ALARM
 
 
@@ -133,7 +133,7 @@ def test_a_gamma_of_zero_means_the_expert_alone(sampled):
 def test_total_variation_is_within_its_sampling_bound(sampled):
     """Fails with probability below `FALSE_ALARM` on a fresh seed, without approximation."""
     counts, probabilities = sampled.counts, sampled.tree.probabilities
-    bound = total_variation_bound(NUM_SAMPLES, np.count_nonzero(probabilities))
+    bound = total_variation_bound(len(sampled.rollouts), np.count_nonzero(probabilities))
     assert total_variation(counts, probabilities) < bound
 
 
@@ -151,7 +151,7 @@ def test_the_first_token_is_replaced_at_rate_w_times_total_variation(sampled):
     table = sampled.tree.tables[:1]
     rate = table.weights * 0.5 * np.abs(table.policy - table.expert).sum(axis=1)
     count = sum(rollout.sources[0] == TokenSource.EXPERT for rollout in sampled.rollouts)
-    assert abs(binomial_z(count, np.repeat(rate, NUM_SAMPLES))) < 3.9
+    assert abs(binomial_z(count, np.repeat(rate, len(sampled.rollouts)))) < 3.9
 
 
 def test_lengths_follow_the_enumeration(sampled):

@@ -17,11 +17,11 @@ from mentor_serve.types import StopReason
 from .cases import Setup, each_case, each_setup
 
 
-def _requests(**options):
+def _requests(case, **options):
     """Mixed and plain requests of different prompts, gates and lengths, two samples each."""
     return [
         RolloutRequest(
-            prompt_token_ids=[3 + index] * (1 + 4 * index),
+            prompt_token_ids=[3 + index] * max(case.fewest_prompt_tokens, 1 + 4 * index),
             seed=index,
             num_samples=2,
             gamma=(0.0, 1.0, 3.0)[index % 3],
@@ -40,7 +40,7 @@ def _tokens(answers):
 
 @each_setup("is_reproducible")
 def test_a_sample_is_the_same_alone_and_in_any_crowd(tiny_pair, setup):
-    requests = _requests()
+    requests = _requests(setup.case)
     alone = [setup.build(*tiny_pair, max_batch_size=1).generate([asked])[0] for asked in requests]
     assert all(first != second for first, second in _tokens(alone))
     for max_batch_size in (3, 64):
@@ -60,7 +60,7 @@ def test_cancelled_neighbours_leave_no_trace(tiny_pair, setup):
     )
     engine = setup.build(*tiny_pair, max_batch_size=9)
     first = engine.submit(doomed)
-    kept = {engine.submit(asked): index for index, asked in enumerate(_requests())}
+    kept = {engine.submit(asked): index for index, asked in enumerate(_requests(setup.case))}
     second = engine.submit(doomed)
     finished: dict[int, dict[int, list[int]]] = {request_id: {} for request_id in kept}
     cancelled = 0
@@ -81,13 +81,13 @@ def test_cancelled_neighbours_leave_no_trace(tiny_pair, setup):
     assert not engine.has_unfinished()
     assert cancelled == 10
     survivors = [[samples[0], samples[1]] for samples in finished.values()]
-    assert survivors == _tokens(setup.build(*tiny_pair).generate(_requests()))
+    assert survivors == _tokens(setup.build(*tiny_pair).generate(_requests(setup.case)))
 
 
 @each_case("is_reproducible")
 def test_the_schedule_changes_no_token(tiny_pair, case):
     outputs = [
-        _tokens(Setup(case=case, run_ahead=run_ahead).build(*tiny_pair).generate(_requests()))
+        _tokens(Setup(case=case, run_ahead=run_ahead).build(*tiny_pair).generate(_requests(case)))
         for run_ahead in (*case.run_aheads, *(1, 1000) * (len(case.run_aheads) > 1))
     ]
     assert all(tokens == outputs[0] for tokens in outputs)
@@ -96,7 +96,9 @@ def test_the_schedule_changes_no_token(tiny_pair, case):
 @each_setup("is_reproducible")
 def test_recording_changes_no_token(tiny_pair, setup):
     lazily, everywhere = (
-        setup.build(*tiny_pair).generate(_requests(mixed=True, record_mixed=record_mixed))
+        setup.build(*tiny_pair).generate(
+            _requests(setup.case, mixed=True, record_mixed=record_mixed)
+        )
         for record_mixed in (False, True)
     )
     assert _tokens(lazily) == _tokens(everywhere)
