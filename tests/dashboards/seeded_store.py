@@ -16,6 +16,7 @@ from mentor_serve.store import models as tables
 from mentor_serve.store import schema
 from mentor_serve.store.connection import open_engine, writing
 from mentor_serve.store.encoding import encode
+from mentor_serve.store.rollup import add_to_version_stats
 
 RUN_ID = "run-1"
 HOSTILE_TEXT = "<script>alert('x')</script> & <b>bold</b>"
@@ -39,6 +40,8 @@ def write_rows(url: str, rows: dict[Any, list[dict[str, Any]]]) -> None:
             for table, entries in rows.items():
                 if entries:
                     connection.execute(insert(table), entries)
+            of_groups = [row for row in rows.get(tables.Trajectory, []) if row["group_id"]]
+            add_to_version_stats(connection, of_groups)
     finally:
         engine.dispose()
 
