@@ -10,11 +10,12 @@ import getpass
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 USER = "mentor"
 PASSWORD = "only-for-tests"
@@ -74,7 +75,7 @@ class PostgresServer:
             *("--username", USER, "--pwfile", str(password), "--auth", "scram-sha-256"),
             *("--encoding", "UTF8", "--no-locale", "--no-sync"),
         )
-        self._port = _free_port()
+        self._port = free_port()
 
     @property
     def url(self) -> str:
@@ -131,9 +132,3 @@ def _account() -> str | None:
         if name in known:
             return name
     raise RuntimeError(f"PostgreSQL refuses to run as {getpass.getuser()}: add a user `postgres`")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sqlite3
 import subprocess
 from collections.abc import Callable
@@ -22,14 +21,13 @@ from mentor_serve.reports import weights
 from mentor_serve.settings import load_settings
 from mentor_serve.weights import read_snapshot, snapshot_path
 from mentor_serve.weights.snapshots import verify_file
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
 def nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     """No service of the machine's own answers at the default port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MENTOR_SERVE_GATEWAY__PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MENTOR_SERVE_GATEWAY__PORT", str(free_port()))
 
 
 def weights_of(version: int) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.ports import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 150.0
 SMALL_GROUPS = {
@@ -28,12 +29,6 @@ SMALL_GROUPS = {
     "MENTOR_SERVE_LEARNER__MINI_BATCH_PROMPTS": "4",
     "MENTOR_SERVE_LEARNER__EVAL_EVERY": "0",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RunningService:
