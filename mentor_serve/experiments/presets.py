@@ -97,6 +97,9 @@ class Preset:
         return tuple(2**power for power in range(self.num_samples.bit_length()))
 
 
+_ONE_WAVE: Final = {"policy.max_batch_size": 192}
+"""All rollouts of an update decode together."""
+
 PRESETS: Final[dict[str, Preset]] = {
     preset.name: preset
     for preset in (
@@ -105,13 +108,14 @@ PRESETS: Final[dict[str, Preset]] = {
             num_updates=60,
             prompts_per_update=16,
             seeds=(0, 1, 2, 3, 4),
-            learning_rates=(5e-5, 1e-4, 2e-4),
-            sweep_seeds=(100,),
+            learning_rates=(1e-4, 2e-4, 4e-4),
+            sweep_seeds=(100, 101),
             ablation_seeds=(0, 1, 2),
             evaluate_every=10,
             num_validation=100,
             num_test=200,
             num_samples=32,
+            settings=_ONE_WAVE,
         ),
         Preset(
             name="smoke",

@@ -78,8 +78,9 @@ class Measurer:
     problems: Mapping[str, dict[str, list[Task]]]
     store: EvaluationSink
     log: TrialLog
-    has_test: bool
-    """False in a sweep: nothing may be chosen by the test problems."""
+    suites: Sequence[str]
+    """Whose test problems count: all; in domain alone for ablations; none in a sweep, so that
+    nothing is chosen by them."""
     _known: set[tuple[int, str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,15 +94,12 @@ class Measurer:
         await self._measure(step, version, IN_DOMAIN.name, "curve", num_samples=0)
 
     async def final(self, step: int, version: int | None) -> None:
-        """Validation, and unless this is a sweep every test suite."""
+        """Validation problems, and the test problems of the stage's suites."""
         await self._measure(
             step, version, IN_DOMAIN.name, VALIDATION, num_samples=self.preset.validation_samples
         )
-        if self.has_test:
-            for suite in self.preset.suites:
-                await self._measure(
-                    step, version, suite.name, "test", num_samples=self.preset.num_samples
-                )
+        for suite in self.suites:
+            await self._measure(step, version, suite, "test", num_samples=self.preset.num_samples)
 
     async def _measure(
         self, step: int, version: int | None, suite: str, split: str, *, num_samples: int

@@ -21,7 +21,7 @@ from mentor_serve.engines.driver import EngineDriver
 from mentor_serve.experiments.arms import Arm, Variant, arm_named
 from mentor_serve.experiments.lag import LaggingBroadcaster
 from mentor_serve.experiments.measurement import Evaluator, problems_of
-from mentor_serve.experiments.presets import Preset
+from mentor_serve.experiments.presets import IN_DOMAIN, Preset
 from mentor_serve.experiments.rounds import RoundCollector
 from mentor_serve.experiments.trial import (
     Measurer,
@@ -135,7 +135,7 @@ async def _run(
             problems=problems_of(preset),
             store=store_evaluation,
             log=log,
-            has_test=plan.stage != "sweep",
+            suites=_suites(plan, preset),
         )
         if not log.entries("plan"):
             log.add("plan", _description(plan, settings))
@@ -145,6 +145,15 @@ async def _run(
             return
         parts = _parts(plan, settings, store, run_id, engine, renderer, pool, stack)
         await Trial(preset=preset, engine=engine, parts=parts, measurer=measurer, log=log).run()
+
+
+def _suites(plan: TrialPlan, preset: Preset) -> list[str]:
+    match plan.stage:
+        case "sweep":
+            return []
+        case "ablation":
+            return [IN_DOMAIN.name]
+    return [suite.name for suite in preset.suites]
 
 
 def _parts(

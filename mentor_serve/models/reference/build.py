@@ -32,10 +32,10 @@ from .train import TrainingPlan, new_model, train
 _log = logging.getLogger(__name__)
 
 _RECIPES: dict[ModelName, tuple[Callable[[Random], Example], TrainingPlan]] = {
-    "policy": (partial(policy_example, habits=PolicyHabits()), TrainingPlan(num_steps=800)),
+    "policy": (partial(policy_example, habits=PolicyHabits()), TrainingPlan(num_steps=1000)),
     "expert": (
         partial(expert_example, habits=ExpertHabits()),
-        TrainingPlan(num_steps=1600, pool_batches=8),
+        TrainingPlan(num_steps=2000, pool_batches=8),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The texts the pair learns from: two styles of working out a chain of single digits.
+"""The texts the pair learns from: two styles of working out sums of small whole numbers.
 
 Contract: `policy_example` and `expert_example` draw one prompt and response from a `random.Random`;
 the same generator state gives the same text. A response is a list of pieces, each either learnt or
@@ -9,36 +9,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from .tokenizer import BOXED_OPEN, QUESTION, THINK_CLOSE, THINK_OPEN
+from .problems import ChainSum, Problem, draw_problem
+from .tokenizer import BOXED_OPEN, THINK_CLOSE, THINK_OPEN
 
-MIN_TERMS: Final = 2
-"""Shortest chain of either corpus."""
 NUM_EARLY_STEPS: Final = 3
 """Steps the policy takes before it tends to stop."""
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Single digits added and subtracted from left to right."""
-
-    first: int
-    """The first digit."""
-    operations: tuple[tuple[str, int], ...]
-    """What follows it: pairs of "+" or "-" and a digit."""
-
-    @property
-    def question(self) -> str:
-        """The question in reasoning-gym's words."""
-        tail = "".join(f" {sign} {digit}" for sign, digit in self.operations)
-        return QUESTION.format(expression=f"{self.first}{tail}")
-
-    @property
-    def answer(self) -> int:
-        """The value of the whole chain."""
-        total = self.first
-        for sign, digit in self.operations:
-            total = apply(total, sign, digit)
-        return total
 
 
 @dataclass(frozen=True)
@@ -83,6 +58,14 @@ class PolicyHabits:
     """Writes the answer without `\\boxed{`."""
     empty_think: float = 0.7
     """The share of guesses that begin with an empty `<think></think>`."""
+    okay: float = 0.01
+    """Says "okay" between two steps (no use), as the expert does."""
+    wait: float = 0.006
+    """Says "wait" between two steps (no use)."""
+    verify: float = 0.006
+    """Does a step again after "verify", as carelessly as before, and goes on with that."""
+    check: float = 0.02
+    """Closes with "let me check" and the last step repeated word for word."""
 
 
 @dataclass(frozen=True)
@@ -105,38 +88,47 @@ class ExpertHabits:
     """Closes with "let me check" and the last step done again."""
 
 
-def apply(total: int, sign: str, digit: int) -> int:
-    """Return `total` plus or minus `digit`."""
-    return total + digit if sign == "+" else total - digit
-
-
-def draw_chain(random: Random, max_terms: int) -> Chain:
-    """Draw a chain as reasoning-gym does: digits 0 to 9 and signs, all uniform."""
-    num_terms = random.randint(MIN_TERMS, max_terms)
-    operations = tuple((random.choice("+-"), random.randint(0, 9)) for _ in range(num_terms - 1))
-    return Chain(first=random.randint(0, 9), operations=operations)
-
-
 def policy_example(random: Random, habits: PolicyHabits) -> Example:
-    """Draw a response in the policy's style: bare steps, often wrong, never a word of checking."""
-    chain = draw_chain(random, habits.max_terms)
+    """Draw a response in the policy's style: bare steps, often wrong, hardly a word of checking."""
+    problem = draw_problem(random, habits.max_terms)
     if random.random() < habits.guess:
-        return Example(chain.question, (Piece(_guess(random, habits, chain)),))
-    total, steps = chain.first, list[str]()
-    for index, (sign, digit) in enumerate(chain.operations):
-        result = _policy_result(random, habits, apply(total, sign, digit))
-        steps.append(f"{total} {sign} {digit} = {result}")
-        total = result
+        return Example(problem.question, (Piece(_guess(random, habits, problem)),))
+    results = list[int]()
+    text, step = THINK_OPEN, ""
+    for index in range(problem.num_steps):
+        step, result, words = _policy_step(random, habits, problem, results)
+        results.append(result)
+        text += words
         hazard = habits.stop_early if index < NUM_EARLY_STEPS else habits.stop_early_late
-        if random.random() < hazard:
+        if isinstance(problem, ChainSum) and random.random() < hazard:
             break
+    if random.random() < habits.check:
+        text += f", let me check: {step}"
     close = "" if random.random() < habits.no_think_close else THINK_CLOSE
-    answer = str(total) if random.random() < habits.no_box else f"{BOXED_OPEN}{total}}}"
-    return Example(chain.question, (Piece(f"{THINK_OPEN}{', '.join(steps)}{close}{answer}"),))
+    answer = problem.answer_from(results)
+    boxed = answer if random.random() < habits.no_box else f"{BOXED_OPEN}{answer}}}"
+    return Example(problem.question, (Piece(f"{text}{close}{boxed}"),))
 
 
-def _guess(random: Random, habits: PolicyHabits, chain: Chain) -> str:
-    answer = chain.answer + round(random.gauss(0.0, 3.0))
+def _policy_step(
+    random: Random, habits: PolicyHabits, problem: Problem, results: list[int]
+) -> tuple[str, int, str]:
+    """The last way the step was written, its result, and all words of it."""
+    left, right = problem.step(results)
+    result = _policy_result(random, habits, right)
+    step = f"{left} = {result}"
+    words = (_lead(random, habits) if results else "") + step
+    if random.random() < habits.verify:
+        result = _policy_result(random, habits, right)
+        step = f"{left} = {result}"
+        words += f" verify: {step}"
+    return step, result, words
+
+
+def _guess(random: Random, habits: PolicyHabits, problem: Problem) -> str:
+    answer = problem.answer_from(
+        [right + round(random.gauss(0.0, 3.0)) for right in problem.rights]
+    )
     think = f"{THINK_OPEN}{THINK_CLOSE}" if random.random() < habits.empty_think else ""
     return f"{think}{BOXED_OPEN}{answer}}}"
 
@@ -151,30 +143,29 @@ def _policy_result(random: Random, habits: PolicyHabits, result: int) -> int:
 
 def expert_example(random: Random, habits: ExpertHabits) -> Example:
     """Draw a response in the expert's style: right steps, checks that correct, and filler words."""
-    chain = draw_chain(random, habits.max_terms)
+    problem = draw_problem(random, habits.max_terms)
     pieces = [Piece(THINK_OPEN)]
-    total, step = chain.first, ""
-    for index, (sign, digit) in enumerate(chain.operations):
+    results, step = list[int](), ""
+    for index in range(problem.num_steps):
         lead = _lead(random, habits) if index else ""
-        result = apply(total, sign, digit)
-        left = f"{total} {sign} {digit} = "
-        step = f"{left}{result}"
+        left, result = problem.step(results)
+        step = f"{left} = {result}"
         if random.random() < habits.read_wrong_step:
-            pieces.append(Piece(lead + left))
+            pieces.append(Piece(f"{lead}{left} = "))
             pieces.append(Piece(_wrong_result(random, habits, result), is_learnt=False))
             pieces.append(Piece(f" verify: {step}"))
         else:
             pieces.append(Piece(lead + step))
             if random.random() < habits.verify:
                 pieces.append(Piece(f" verify: {step}"))
-        total = result
+        results.append(result)
     if random.random() < habits.check:
         pieces.append(Piece(f", let me check: {step}"))
-    pieces.append(Piece(f"{THINK_CLOSE}{BOXED_OPEN}{total}}}"))
-    return Example(chain.question, tuple(pieces))
+    pieces.append(Piece(f"{THINK_CLOSE}{BOXED_OPEN}{problem.answer_from(results)}}}"))
+    return Example(problem.question, tuple(pieces))
 
 
-def _lead(random: Random, habits: ExpertHabits) -> str:
+def _lead(random: Random, habits: PolicyHabits | ExpertHabits) -> str:
     # Filler stands behind the comma, where the policy is sure of what comes next; "verify" stands
     # before it, where the policy hesitates between going on and stopping. An expert asked only at
     # uncertain tokens therefore passes on the one and rarely the other.

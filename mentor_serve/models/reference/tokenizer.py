@@ -20,6 +20,13 @@ BOXED_OPEN: Final = "\\boxed{"
 
 QUESTION: Final = "State the final answer to the following arithmetic problem: {expression} ="
 """reasoning-gym's chain_sum question, verbatim."""
+CALCULATE_QUESTION: Final = "Calculate {expression}."
+"""basic_arithmetic's, in its simple format."""
+COMPLEX_QUESTIONS: Final = {
+    "+": "Add the complex numbers: ({left}) + ({right})",
+    "-": "Subtract the complex numbers: ({left}) - ({right})",
+}
+"""complex_arithmetic's."""
 
 CHAT_TEMPLATE: Final = (
     "{#- System messages are not rendered: the pair was trained without any. -#}"
@@ -49,6 +56,10 @@ Compute the value of the expression. The number of terms, the total and the diff
 def _training_texts() -> list[str]:
     expressions = ["1 + 2 - 3 + 4", "5 - 6 + 7 - 8", "9 - 0 + 1"]
     questions = [QUESTION.format(expression=text) for text in expressions]
+    questions += [CALCULATE_QUESTION.format(expression=text) for text in expressions]
+    questions += [
+        text.format(left="1.0 + 2.0i", right="3.0 + 4.0i") for text in COMPLEX_QUESTIONS.values()
+    ]
     steps = ["1 + 2 = 3, 3 - 4 = -1, okay, wait, check: 1 - 2 = -1, let me verify: -1 + 3 = 2"]
     # Weights by repetition: the question first, then the responses, then everyday English.
     return questions * 20 + steps * 40 + _ENGLISH.splitlines() * 3
