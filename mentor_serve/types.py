@@ -95,6 +95,11 @@ class RolloutRequest:
     """Sample from pi_mix (Eq. 6) instead of the policy."""
     gamma: float = 999.0
     """gamma_p of `w = min(1, H / gamma)`; used by mixed requests only. 0 means w = 1 everywhere."""
+    constant_weight: float | None = None
+    """w of every token of a mixed request in place of the gate: how much of guidance is due to its
+    being selective shows against this."""
+    first_weight: float | None = None
+    """w of a mixed request's first token in place of the gate; 1 is what the authors' code does."""
     num_samples: int = 1
     seed: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)

@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 
 from mentor_serve import __version__
-from mentor_serve.cli import configuration, database, evaluation, rollouts, service, weights
+from mentor_serve.cli import (
+    comparison,
+    configuration,
+    database,
+    evaluation,
+    rollouts,
+    service,
+    weights,
+)
 from mentor_serve.cli.options import EXIT_FAILED, EXIT_USAGE
 from mentor_serve.errors import ConfigError, MentorError
 
@@ -34,6 +42,7 @@ def version() -> None:
 app.command()(service.up)
 app.command()(service.status)
 app.command(name="eval")(evaluation.evaluate)
+app.command()(comparison.compare)
 app.command()(weights.export)
 app.add_typer(weights.app, name="weights")
 app.add_typer(rollouts.app, name="rollouts")

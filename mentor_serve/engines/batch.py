@@ -115,6 +115,10 @@ class Batch:
         self.top_p = np.ones(max_slots, np.float64)
         self.top_k = np.zeros(max_slots, np.int64)
         self.gamma = np.zeros(max_slots, np.float32)
+        self.constant_weight = np.zeros(max_slots, np.float32)
+        """NaN: the gate decides."""
+        self.first_weight = np.zeros(max_slots, np.float32)
+        """The same for the first token alone."""
         self.is_mixed = np.zeros(max_slots, np.bool_)
         """The expert may speak: a mixed request that has not lost its expert."""
         self.is_recorded = np.zeros(max_slots, np.bool_)
@@ -154,6 +158,8 @@ class Batch:
         self.top_p[slot] = sampling.top_p
         self.top_k[slot] = sampling.top_k
         self.gamma[slot] = request.gamma
+        self.constant_weight[slot] = _or_nan(request.constant_weight)
+        self.first_weight[slot] = _or_nan(request.first_weight)
         self.is_mixed[slot] = request.mixed
         self.is_recorded[slot] = request.mixed and request.record_mixed
         self.ends_at_eos[slot] = not sampling.ignore_eos
@@ -240,3 +246,7 @@ class Batch:
         for name, stored in self.records.items():
             if stored.shape[1] < num_tokens:
                 self.records[name] = np.pad(stored, ((0, 0), (0, stored.shape[1])))
+
+
+def _or_nan(value: float | None) -> float:
+    return np.nan if value is None else value

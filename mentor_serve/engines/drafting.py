@@ -119,9 +119,7 @@ class Drafter:
         is_mixed = batch.is_mixed[slots]
         weights = np.zeros(len(slots), np.float32)
         if self._has_expert and is_mixed.any():
-            gammas = torch.from_numpy(batch.gamma[slots])
-            gate = guidance_weight(torch.from_numpy(entropies), gammas).numpy()
-            weights = np.where(is_mixed, gate, weights)
+            weights = np.where(is_mixed, self._gate(slots, entropies), weights)
         is_gated = draws[:, Stream.COIN] < weights
         batch.record(
             slots,
@@ -141,6 +139,18 @@ class Drafter:
             self._open(np.flatnonzero(is_open), slots, policy, draws, is_gated)
         settled = slots[tails.count[slots] == 0]
         batch.num_settled[settled] = batch.num_new[settled]
+
+    def _gate(self, slots: SlotIndex, entropies: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Weights [k] of mixed rows: Eq. 6, but for what their requests put in its place."""
+        batch = self._decoding.batch
+        gammas = torch.from_numpy(batch.gamma[slots])
+        weights = guidance_weight(torch.from_numpy(entropies), gammas).numpy()
+        given = np.where(
+            (batch.num_new[slots] == 0) & ~np.isnan(batch.first_weight[slots]),
+            batch.first_weight[slots],
+            batch.constant_weight[slots],
+        )
+        return np.where(np.isnan(given), weights, given)
 
     def _open(
         self,

@@ -145,10 +145,13 @@ def _check_prompt(request: RolloutRequest, limits: EngineLimits) -> None:
 def _check_numbers(request: RolloutRequest, limits: EngineLimits) -> None:
     sampling = request.sampling
     gamma = request.gamma
+    constant, first = request.constant_weight, request.first_weight
     for name, value, is_allowed, expected in (
         ("num_samples", request.num_samples, request.num_samples >= 1, "at least 1"),
         ("max_new_tokens", sampling.max_new_tokens, sampling.max_new_tokens >= 1, "at least 1"),
         ("gamma", gamma, gamma >= 0 and not math.isnan(gamma), "a number >= 0"),
+        ("constant_weight", constant, _is_share(constant), "a number in [0, 1], or None"),
+        ("first_weight", first, _is_share(first), "a number in [0, 1], or None"),
         (
             "temperature",
             sampling.temperature,
@@ -166,6 +169,10 @@ def _check_numbers(request: RolloutRequest, limits: EngineLimits) -> None:
     ):
         if not is_allowed:
             raise InvalidRequest(f"{name}: expected {expected}, got {value}")
+
+
+def _is_share(weight: float | None) -> bool:
+    return weight is None or 0 <= weight <= 1
 
 
 def _check_mixed(request: RolloutRequest, limits: EngineLimits) -> None:

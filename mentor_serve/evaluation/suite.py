@@ -46,6 +46,8 @@ class EvaluationReport:
     """Responses whose verifier failed; they count as wrong."""
     accuracy_by_problem: list[float]
     """Mean accuracy of each problem, in the order of the tasks."""
+    num_correct_by_problem: list[int]
+    """Wholly right responses to each problem: what pass@k is made of."""
 
     def measure(self, metric: str, k: int | None = None) -> Measure:
         """The number of that name.
@@ -145,6 +147,7 @@ async def evaluate(  # noqa: PLR0913 - the knobs of one evaluation, all named
         measures=tuple(measure_problems(problems, ks=ks)),
         num_unjudged=sum(not isinstance(r.outcome, Score) for of_task in judged for r in of_task),
         accuracy_by_problem=[problem.accuracy / num_samples for problem in problems],
+        num_correct_by_problem=[problem.num_correct for problem in problems],
     )
 
 

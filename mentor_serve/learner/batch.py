@@ -183,7 +183,9 @@ def _group(group: LeasedGroup, alpha: float, config: AdvantageConfig) -> Trainin
     own = on_policy + expert
     # Without an on-policy rollout there is no mean(R_on) to compare with: no signal either way.
     advantages = [0.0] * (len(own) + len(mixed))
-    if on_policy:
+    if on_policy and config.mixed == "group":
+        advantages = _ESTIMATORS[config.estimator](_rewards(own + mixed)).tolist()
+    elif on_policy:
         mixed_M = mixed_advantages(_rewards(mixed), _rewards(on_policy), alpha, config.reward_range)
         advantages = _ESTIMATORS[config.estimator](_rewards(own)).tolist() + mixed_M.tolist()
     return TrainingGroup(

@@ -10,6 +10,7 @@ from mentor_serve.core.corrections import ImportanceLevel, ImportanceMode
 AdvantageEstimator = Literal["grpo", "leave_one_out", "dr_grpo"]
 OldLogprobs = Literal["recorded", "recomputed"]
 MixedRatio = Literal["policy", "mixed"]
+MixedAdvantages = Literal["positive", "group"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,9 @@ class AdvantageConfig:
     mixed_ratio: MixedRatio = "policy"
     """What the ratio of mixed tokens is against: the old policy (paper), or the recorded mixed
     log-probability (the exact one; needs `rollout.record_mixed`)."""
+    mixed: MixedAdvantages = "positive"
+    """Of mixed rollouts: Eq. 11, or as members of the group like any other, under one mean and
+    deviation with the on-policy ones (to compare with)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,8 @@ class UpdateConfig:
     """Weight tokens by (policy before the update) / (recorded), see `core.corrections`."""
     importance_mode: ImportanceMode = "clamp"
     importance_cap: float = 2.0
+    loss_scale: float = 1.0
+    """Factor on the loss; the authors' code has n / (n + n_mixed) here, Eq. 9 has 1."""
     expert_shaping: float = 0.1
     """LUFFY's constant, for tokens of whole expert trajectories."""
 
@@ -93,6 +99,8 @@ class UpdateConfig:
                 f"importance = {self.importance!r} weighs the policy before the update against "
                 "the recorded one: expected old_logprobs = 'recomputed', got 'recorded'"
             )
+        if not self.loss_scale > 0:
+            raise ValueError(f"loss_scale: expected a number > 0, got {self.loss_scale}")
         if self.importance_cap < 1:
             raise ValueError(f"importance_cap: expected at least 1, got {self.importance_cap}")
 

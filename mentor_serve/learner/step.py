@@ -274,6 +274,7 @@ def micro_batch_loss(
             normalizer=sums.num_tokens,
         )
         loss = loss + expert_loss
+    loss = config.loss_scale * loss
     sums.loss += float(loss.detach())
     sums.clip_fraction_low += float(metrics["clip_fraction_low"])
     sums.clip_fraction_high += float(metrics["clip_fraction_high"])

@@ -88,6 +88,7 @@ class Evaluations:
             measures=(measure,),
             num_unjudged=0,
             accuracy_by_problem=[0.5] * 3,
+            num_correct_by_problem=[1] * 3,
         )
         return SuiteReport(plan=evaluation_plan(settings), greedy=None, sampled=report)
 

@@ -179,6 +179,32 @@ def test_the_expert_is_silent_where_no_coin_asks(tiny_pair):
     assert 0 < engine.stats.gated_tokens < engine.stats.policy_tokens
 
 
+def test_a_constant_weight_takes_the_place_of_the_gate(tiny_pair):
+    engine = TorchEngine(*tiny_pair)
+    (rollouts,) = engine.generate(
+        [request(mixed=True, gamma=6.0, constant_weight=0.25, num_samples=64, seed=3)]
+    )
+    weights = np.concatenate([rollout.weights for rollout in rollouts])
+    np.testing.assert_array_equal(weights, np.float32(0.25))
+    # 768 coins of 0.25: 5 standard deviations are 0.08.
+    num_gated = sum(rollout.num_gated for rollout in rollouts)
+    assert abs(num_gated / len(weights) - 0.25) < 0.08
+
+
+def test_a_first_weight_counts_for_the_first_token_alone(tiny_pair):
+    engine = TorchEngine(*tiny_pair)
+    same = {"mixed": True, "gamma": 6.0, "num_samples": 4, "seed": 3}
+    forced, silent = engine.generate(
+        [request(first_weight=1.0, **same), request(first_weight=0.0, **same)]
+    )
+    for rollout, weight in zip([*forced, *silent], [1.0] * 4 + [0.0] * 4, strict=True):
+        assert rollout.weights[0] == weight
+        gate = guidance_weight(torch.from_numpy(rollout.entropies), 6.0).numpy()
+        np.testing.assert_array_equal(rollout.weights[1:], gate[1:])
+    assert all(rollout.sources[0] != TokenSource.POLICY for rollout in forced)
+    assert all(rollout.sources[0] == TokenSource.POLICY for rollout in silent)
+
+
 def test_a_prompt_is_prefilled_once_for_all_its_rollouts(tiny_pair):
     engine = TorchEngine(*tiny_pair, max_batch_size=16, run_ahead=0)
     prompt = list(range(2, 22))
@@ -329,6 +355,11 @@ def test_outputs_stream_every_token_once(tiny_pair):
         ({"stop_token_ids": (99,)}, "stop_token_ids"),
         ({"stop": ("x",)}, "tokenizer"),
         ({"mixed": True, "gamma": -0.5}, "gamma"),
+        (
+            {"mixed": True, "constant_weight": 1.5},
+            r"constant_weight: expected a number in \[0, 1\]",
+        ),
+        ({"mixed": True, "first_weight": math.nan}, "first_weight"),
         ({"mixed": True, "temperature": 0.0}, "temperature > 0"),
         ({"mixed": True, "top_p": 0.9}, "top_p = 1"),
         ({"mixed": True, "top_k": 5}, "top_k = 0"),

@@ -92,6 +92,16 @@ def test_no_advantage_gives_no_gradient():
         assert metrics.num_trained_tokens == (0 if skip else 3)
 
 
+def test_the_loss_scale_scales_loss_and_gradient_alike():
+    groups = random_groups(tiny_model().eval())
+    whole, metrics = parameter_change(tiny_model().eval(), batch_of(groups))
+    half, half_metrics = parameter_change(tiny_model().eval(), batch_of(groups), loss_scale=0.5)
+    assert half_metrics.loss == pytest.approx(0.5 * metrics.loss, rel=1e-5)
+    assert_same_gradient({name: 2 * gradient for name, gradient in half.items()}, whole)
+    with pytest.raises(ValueError, match="loss_scale"):
+        UpdateConfig(loss_scale=0.0)
+
+
 def test_micro_batches_do_not_change_the_gradient():
     groups = random_groups(tiny_model().eval())
     whole, metrics = parameter_change(tiny_model().eval(), batch_of(groups))

@@ -10,12 +10,12 @@ from mentor_serve.learner import AdvantageConfig, build_batch
 from mentor_serve.types import StopReason
 
 
-def batch_of(*groups, alpha=0.5, reward_range=1.0, policy_version=0):
+def batch_of(*groups, alpha=0.5, reward_range=1.0, policy_version=0, mixed="positive"):
     return build_batch(
         groups,
         alpha=alpha,
         policy_version=policy_version,
-        config=AdvantageConfig(reward_range=reward_range),
+        config=AdvantageConfig(reward_range=reward_range, mixed=mixed),
     )
 
 
@@ -38,6 +38,21 @@ def test_advantages_follow_equations_10_and_11():
     # Mixed: 0.5 * (1 - 0.5) / 2 = 0.125, and max(0, 0.2 - 0.5) = 0.
     assert advantages(batch_of(group, reward_range=2.0)) == pytest.approx(
         [0.866025, -0.866025, -0.866025, 0.866025, 0.125, 0.0], abs=1e-6
+    )
+
+
+def test_mixed_rollouts_may_join_the_group_like_any_other():
+    group = leased_group(
+        [
+            leased([4], reward=1.0),
+            leased([4], reward=0.0, index=1),
+            leased([4], kind="mixed", reward=1.0),
+            leased([4], kind="mixed", reward=0.0, index=1),
+        ]
+    )
+    # All four: mean 0.5, sample std sqrt(1/3). Alpha has no part in it.
+    assert advantages(batch_of(group, mixed="group")) == pytest.approx(
+        [0.866025, -0.866025, 0.866025, -0.866025], abs=1e-6
     )
 
 

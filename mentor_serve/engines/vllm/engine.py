@@ -234,6 +234,11 @@ class VllmEngine:
                 "mixed: the vLLM engine needs a prompt of at least 2 tokens, got 1; begin the "
                 "prompt with the model's start token"
             )
+        if request.constant_weight is not None or request.first_weight is not None:
+            raise InvalidRequest(
+                "mixed: the vLLM engine gates by entropy alone; leave constant_weight and "
+                'first_weight out, or use policy.engine = "torch"'
+            )
         if request.prompt_logprobs:
             raise InvalidRequest(
                 "mixed: the vLLM engine scores prompts of the policy's own requests only; send "
