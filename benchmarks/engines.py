@@ -6,7 +6,8 @@ Each answers batches of one prompt with `--new-tokens` sampled tokens and no end
 `LLM.generate` without anything of this project. The mixed contenders sample pi_mix with an expert
 of perturbed weights, once with a gate that is open at most tokens (`--gamma`) and once with one
 that is nearly closed (the paper's first step, 999). CPU time counts every thread of this process
-and says more than the clock where others use the machine.
+and says more than the clock where others use the machine. `swap_stall_s` is how long the largest
+batch, in mid-sequence, waits for its next token when new weights come, less a step without them.
 
 Models: the bundled pair, or SmolLM2-135M if it is named (see `benchmarks/pairs.py`).
 """
@@ -43,6 +44,10 @@ from mentor_serve.engines import Engine, RolloutRequest, SamplingParams, TorchEn
 from mentor_serve.engines.vllm.cores import CoreOptions
 from mentor_serve.models.loading import load_model, load_tokenizer
 
+CONTENDERS = (
+    *("torch", "torch_mixed", "torch_mixed_closed", "vllm", "vllm_mixed", "vllm_mixed_closed"),
+    *("vllm_own", "generate"),
+)
 CLOSED_GAMMA = 999.0
 MAX_MODEL_LEN = 256
 PROMPT = "State the final answer to the following arithmetic problem: 4 - 1 - 7 ="
@@ -69,6 +74,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=positive_int, default=32)
     parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--gamma", type=float, default=4.0)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     arguments = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # what libraries say while they start
         report = measure(arguments, machine_of(arguments))
@@ -105,6 +111,15 @@ def measure(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
                 on_round=partial(_report_round, batch),
             )
             rows += [_row(batch, key, timing) for key, timing in timings.items()]
+        prompt = load_tokenizer(name)(PROMPT)["input_ids"]
+        stalls = {
+            key: round(_swap_stall_s(engine, policy, prompt, max(arguments.batch), gamma), 3)
+            for key, engine, gamma in (
+                ("torch", torch_engine, None),
+                ("vllm", vllm, None),
+                ("vllm_mixed", vllm, arguments.gamma),
+            )
+        }
     return {
         "model": Path(name).name,
         "new_tokens": arguments.new_tokens,
@@ -112,6 +127,7 @@ def measure(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
         "rows": rows,
         "vllm_start_s": round(start_s, 1),
         "vllm_swap_s": round(_swap_s(vllm, policy), 2),
+        "swap_stall_s": stalls,
         "machine": machine.describe(),
     }
 
@@ -136,13 +152,23 @@ def _contenders(
             contenders[key + suffix] = partial(_by_engine, engine, prompt, batch, count, gamma)
     contenders["vllm_own"] = partial(_by_vllm_itself, own, prompt, batch, count)
     contenders["generate"] = partial(_by_generate, policy, prompt, batch, count)
-    return contenders
+    return {name: contender for name, contender in contenders.items() if name in arguments.only}
 
 
 def _by_engine(
     engine: Engine, prompt: list[int], batch: int, count: int, gamma: float | None, seed: int
 ) -> Answer:
-    request = RolloutRequest(
+    request = _request(prompt, batch, count, gamma, seed)
+    started = time.process_time()
+    (rollouts,) = engine.generate([request])
+    num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+    return Answer(num_tokens=num_tokens, cpu_s=time.process_time() - started)
+
+
+def _request(
+    prompt: list[int], batch: int, count: int, gamma: float | None, seed: int
+) -> RolloutRequest:
+    return RolloutRequest(
         prompt_token_ids=prompt,
         mixed=gamma is not None,
         gamma=CLOSED_GAMMA if gamma is None else gamma,
@@ -150,10 +176,6 @@ def _by_engine(
         seed=seed,
         sampling=SamplingParams(max_new_tokens=count, ignore_eos=True),
     )
-    started = time.process_time()
-    (rollouts,) = engine.generate([request])
-    num_tokens = sum(rollout.num_tokens for rollout in rollouts)
-    return Answer(num_tokens=num_tokens, cpu_s=time.process_time() - started)
 
 
 def _by_vllm_itself(llm: Any, prompt: list[int], batch: int, count: int, seed: int) -> Answer:
@@ -209,11 +231,39 @@ def _vllm_itself(name: str, batch: int, machine: Machine) -> Any:
 def _swap_s(engine: VllmEngine, policy: Any) -> float:
     """Median of three swaps of an idle engine; both copies of the policy."""
     seconds = []
-    for version in range(1, 4):
+    for _ in range(3):
         started = time.perf_counter()
-        engine.load_weights(policy.state_dict(), version=version)
+        engine.load_weights(policy.state_dict(), version=engine.policy_version + 1)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def _swap_stall_s(
+    engine: Engine, policy: Any, prompt: list[int], batch: int, gamma: float | None
+) -> float:
+    """Median of three swaps, each after 8 steps."""
+    request = _request(prompt, batch, MAX_MODEL_LEN - len(prompt), gamma, seed=1)
+    request_id = engine.submit(request)
+    stalls = []
+    for _ in range(3):
+        usual = statistics.median(_next_token_s(engine, batch) for _ in range(8))
+        started = time.perf_counter()
+        engine.load_weights(policy.state_dict(), version=engine.policy_version + 1)
+        swap_s = time.perf_counter() - started
+        stalls.append(swap_s + _next_token_s(engine, batch) - usual)
+    engine.cancel(request_id)
+    while engine.has_unfinished():
+        engine.step()
+    return statistics.median(stalls)
+
+
+def _next_token_s(engine: Engine, batch: int) -> float:
+    """Until every one of `batch` running rollouts has a further token."""
+    started = time.perf_counter()
+    waiting = set(range(batch))
+    while waiting:
+        waiting -= {output.sample_index for output in engine.step() if output.new_token_ids}
+    return time.perf_counter() - started
 
 
 def _row(batch: int, contender: str, timing: Timings[Answer]) -> dict[str, Any]:
@@ -239,6 +289,8 @@ def _print_table(report: dict[str, Any]) -> None:
         table.add_row(*(str(row[column]) for column in columns))
     Console().print(table)
     print(f"vLLM started in {report['vllm_start_s']} s, swaps weights in {report['vllm_swap_s']} s")
+    for engine, stall_s in report["swap_stall_s"].items():
+        print(f"a swap delays the running rollouts of {engine} by {stall_s} s")
 
 
 if __name__ == "__main__":

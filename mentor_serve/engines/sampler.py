@@ -25,12 +25,14 @@ class Distribution:
     vectors are made only for who asks.
     """
 
-    def __init__(self, logits: Tensor, temperatures: Tensor | None = None) -> None:
+    def __init__(
+        self, logits: Tensor, temperatures: Tensor | None = None, masses: Tensor | None = None
+    ) -> None:
         if temperatures is not None:
             logits = logits.div_(temperatures.unsqueeze(-1))
         # A token that is masked out by -inf must not make NaN of 0 * -inf in the entropy.
         self._shifted = logits.sub_(logits.amax(dim=-1, keepdim=True)).clamp_(min=_LOWEST)
-        self.masses = self._shifted.exp()
+        self.masses = torch.exp(self._shifted, out=masses)
         """[n, V] float32 probabilities up to a factor for each row."""
         self._totals = self.masses.sum(dim=-1)
 
@@ -65,12 +67,15 @@ class Distribution:
         return self.masses / self._totals.unsqueeze(-1)
 
 
-def distribution(logits: Tensor, temperatures: Tensor | None = None) -> Distribution:
+def distribution(
+    logits: Tensor, temperatures: Tensor | None = None, *, masses: Tensor | None = None
+) -> Distribution:
     """Softmax of float32 logits [n, V] at temperatures [n] > 0; None is 1 everywhere.
 
-    The logits are overwritten: fresh memory for a large vocabulary costs more than the softmax.
+    The logits are overwritten, and `masses` where it is given: fresh memory for a large vocabulary
+    costs more than the softmax.
     """
-    return Distribution(logits, temperatures)
+    return Distribution(logits, temperatures, masses)
 
 
 def draw(masses: Tensor, uniforms: Tensor) -> Tensor:

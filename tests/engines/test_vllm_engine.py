@@ -218,6 +218,19 @@ def test_a_gate_that_cannot_open_never_troubles_the_expert(tiny_pair, gamma):
     assert not any(rollout.sources.any() for rollout in rollouts)
 
 
+def test_the_policy_drafts_less_where_the_expert_rejects_more(tiny_pair):
+    engine = build_vllm(*tiny_pair)
+
+    def drafts_a_pass(gamma):
+        for seed in (1, 2):  # the first makes the length follow
+            drafted, passes = engine.stats.expert_tokens, engine.stats.expert_calls
+            engine.generate([_mixed(gamma=gamma, num_samples=1, seed=seed)])
+        return (engine.stats.expert_tokens - drafted) / (engine.stats.expert_calls - passes)
+
+    always_open, hardly_ever = 1e-3, 1e6
+    assert drafts_a_pass(always_open) < 0.7 * drafts_a_pass(hardly_ever)
+
+
 def test_cancelled_requests_end_with_what_they_have(tiny_pair):
     engine = build_vllm(*tiny_pair, max_batch_size=4)
     kept = engine.submit(_mixed(num_samples=2))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mentor_serve.engines.vllm.draft_length import DraftLength
 from mentor_serve.engines.vllm.rows import RowSampling, StepRecords
 from mentor_serve.errors import ConfigError
 from mentor_serve.models.loading import load_config, resolve_model
@@ -41,6 +42,8 @@ _DEFAULTS = {
     # The process shares its cores with others; Ray and `num_threads` say how many it may use.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+_SCHEDULE = "num_speculative_tokens_per_batch_size"
+"""vLLM's setting for draft lengths that may change between steps."""
 _FORWARD = threading.Lock()
 """vLLM keeps the context of a forward pass in a global, so one core at a time may compute, though
 each engine has a thread of its own."""
@@ -83,7 +86,8 @@ class CoreOptions:
     kv_cache_gib: float = 4.0
     """Keys and values of both cores together."""
     num_draft_tokens: int = 4
-    """K: tokens that the policy drafts before the expert judges them."""
+    """K: tokens that the policy drafts before the expert judges them; the most of them where no
+    graphs are captured."""
     enforce_eager: bool | None = None
     """Neither compile nor capture graphs; None does that on the CPU, where compiling takes longer
     than it saves in a test or a small model."""
@@ -93,6 +97,11 @@ class CoreOptions:
     def num_rows(self) -> int:
         """Rows that a core may run."""
         return self.max_batch_size + num_priority_rows(self.max_batch_size)
+
+    @property
+    def is_eager(self) -> bool:
+        """Nothing is compiled or captured."""
+        return self.device == "cpu" if self.enforce_eager is None else self.enforce_eager
 
 
 def num_priority_rows(max_batch_size: int) -> int:
@@ -119,6 +128,12 @@ class Core:
             ) from error
         self._llm.collective_rpc("mentor_install")
         self._names: dict[int, str] = {}
+        self._draft_length: DraftLength | None = None
+        speculative = arguments.get("speculative_config")
+        if speculative is not None and _SCHEDULE in speculative:
+            scheduler = self._llm.engine_core.engine_core.scheduler
+            most = speculative["num_speculative_tokens"]
+            self._draft_length = DraftLength(scheduler, most=most)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -173,6 +188,8 @@ class Core:
             if getattr(output, "prompt_logprobs", None)
         }
         (records,) = self._llm.collective_rpc("mentor_take_records")
+        if self._draft_length is not None and records is not None:
+            self._draft_length.adapt(records)
         return records, scores
 
     def has_unfinished(self) -> bool:
@@ -233,12 +250,15 @@ def start_cores(policy: str | Path, expert: str | Path | None, options: CoreOpti
         core = Core(_arguments(path, options, kv_cache_bytes=num_bytes))
         return Cores(policy=core, mixed=None, options=options, model=_skeleton(policy))
     _check_room_for_drafts(policy, expert, options)
-    speculative = {
+    speculative: dict[str, Any] = {
         "model": path,
         "method": "draft_model",
         "num_speculative_tokens": options.num_draft_tokens,
         "draft_sample_method": "probabilistic",
     }
+    if options.is_eager:
+        # Otherwise vLLM would give up whole graphs of the core for lengths that may change.
+        speculative[_SCHEDULE] = [(1, options.num_rows, options.num_draft_tokens)]
     mixed_arguments = _arguments(
         _path(expert),
         options,
@@ -278,7 +298,6 @@ def _arguments(
     num_extra: int = 0,
     **more: Any,
 ) -> dict[str, Any]:
-    eager = options.enforce_eager
     # A row must never lack room for its drafts in a step.
     num_tokens_a_step = max(4096, options.num_rows * (options.num_draft_tokens + 2))
     return {
@@ -293,7 +312,7 @@ def _arguments(
         # The caches are given in bytes above; a core must start beside the others, whose memory
         # vLLM would count against a share of its own.
         "gpu_memory_utilization": 0.01,
-        "enforce_eager": options.device == "cpu" if eager is None else eager,
+        "enforce_eager": options.is_eager,
         "enable_prefix_caching": True,
         "scheduling_policy": "priority",
         "async_scheduling": False,

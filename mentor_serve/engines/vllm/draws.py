@@ -8,6 +8,7 @@ N drafts of all rows one after the other, m drafts that the expert is asked abou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,24 @@ from mentor_serve.engines.vllm.rows import Rows
 from mentor_serve.types import TokenSource
 
 TopLogprobs = dict[int, list[tuple[int, float]]]
+
+
+class Scratch:
+    """Float32 memory for [n, V], kept from step to step and overwritten by each.
+
+    The pages of a fresh tensor cost more than the arithmetic on it.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(2, 0)
+
+    def softmax(self, logits: Tensor, temperatures: Tensor | None = None) -> Distribution:
+        """`distribution` of a copy of the logits [n, V]; it holds until the next call."""
+        size = logits.numel()
+        if self._memory.shape[1] < size or self._memory.device != logits.device:
+            self._memory = logits.new_empty((2, size), dtype=torch.float32)
+        own, masses = self._memory[:, :size].view(2, *logits.shape)
+        return distribution(own.copy_(logits), temperatures, masses=masses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +62,10 @@ class Drafts:
     """By row, where wanted."""
 
 
-def draw_policy(logits_BV: Tensor, rows: Rows, *, offset: int = 0) -> Drafts:
-    """Draw from the policy at `rows.positions + offset`. The logits are overwritten."""
+def draw_policy(logits_BV: Tensor, rows: Rows, scratch: Scratch, *, offset: int = 0) -> Drafts:
+    """Draw from the policy at `rows.positions + offset`; holds until `scratch` is used again."""
     device = logits_BV.device
-    policy = distribution(logits_BV, rows.temperatures(device))
+    policy = scratch.softmax(logits_BV, rows.temperatures(device))
     ids = draw(_masses(policy, rows), rows.uniforms(Stream.TOKEN, offset=offset).to(device))
     greedy = np.flatnonzero(rows.is_greedy)
     if len(greedy):
@@ -75,10 +94,12 @@ class Asked:
 
     rows: NDArray[np.int64]
     logits: Tensor
-    """[m, V] of the expert; overwritten."""
-    policy_logprobs: Tensor
-    """[m, V]."""
+    """[m, V] of the expert."""
     token_ids: NDArray[np.int64]
+    policy_logprobs: NDArray[np.float32]
+    """Of the drafts."""
+    policy_at: Callable[[NDArray[np.int64]], Tensor]
+    """All of the policy's log-probabilities [k, V] where a few of the m are replaced."""
     temperatures: NDArray[np.float32]
     is_gated: NDArray[np.bool_]
     """False where the expert's word is only recorded."""
@@ -102,15 +123,15 @@ class Judged:
     proposed_expert_logprobs: NDArray[np.float32]
 
 
-def judge(asked: Asked) -> Judged:
+def judge(asked: Asked, scratch: Scratch) -> Judged:
     """Accept drafts with `min(1, pi*(y) / pi_theta(y))`, replace a row's first rejected one."""
     device = asked.logits.device
     is_scaled = bool((asked.temperatures != 1).any())
     temperatures = torch.from_numpy(asked.temperatures).to(device) if is_scaled else None
-    expert = distribution(asked.logits, temperatures)
+    expert = scratch.softmax(asked.logits, temperatures)
     drafts = torch.from_numpy(asked.token_ids).to(device)
     proposed = expert.logprobs_of(drafts).cpu()
-    of_policy = asked.policy_logprobs.gather(-1, drafts.unsqueeze(-1)).squeeze(-1).cpu()
+    of_policy = torch.from_numpy(asked.policy_logprobs)
     accept = accept_probability(of_policy.double().exp(), proposed.double().exp()).numpy()
     is_rejected = asked.is_gated & (asked.accept_draws >= accept)
     counts = until_first(asked.rows, is_rejected)
@@ -119,7 +140,7 @@ def judge(asked: Asked) -> Judged:
     replaced = np.flatnonzero(counts & is_rejected)
     if len(replaced):
         at = torch.from_numpy(replaced).to(device)
-        policy_mV, expert_mV = asked.policy_logprobs[at], expert.logprobs_at(at)
+        policy_mV, expert_mV = asked.policy_at(replaced), expert.logprobs_at(at)
         uniforms = torch.from_numpy(asked.residual_draws[replaced]).to(device)
         chosen = draw(residual(policy_mV.exp(), expert_mV.exp()), uniforms).unsqueeze(-1)
         token_ids[replaced] = chosen[:, 0].cpu().numpy()

@@ -6,6 +6,7 @@ A *row* is one running sample. `RowSampling` travels from the engine to vLLM's w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mentor_serve.core.random import uniforms
-from mentor_serve.engines.batch import RECORDED, Stream
+from mentor_serve.engines.batch import DRAW_BLOCK, RECORDED, Stream
 from mentor_serve.types import RolloutRequest
 
 EXTRA_ARG = "mentor"
@@ -75,12 +76,17 @@ class RowSampling:
 
 
 class Rows:
-    """The rows of one step and the position that each draws next: columns of [B]."""
+    """The rows of one step and the position that each draws next: columns of [B].
+
+    Made anew when rows come or go; from step to step `moved_to` changes the positions alone.
+    """
 
     def __init__(self, rows: Sequence[RowSampling], positions: NDArray[np.int64]) -> None:
         self.rows = rows
         self.positions = positions
         """Offsets in the responses; negative where nothing is drawn."""
+        self.keys = [row.key for row in rows]
+        self.prompt_len = np.array([row.prompt_len for row in rows], np.int64)
         self.temperature = np.array([row.temperature for row in rows], np.float32)
         self.is_greedy = np.array([row.is_greedy for row in rows], np.bool_)
         self.is_cut = np.array([row.top_p < 1 or row.top_k > 0 for row in rows], np.bool_)
@@ -92,14 +98,37 @@ class Rows:
         self.num_top_logprobs = np.array([row.num_top_logprobs for row in rows], np.int64)
         self._seed = torch.tensor([row.seed for row in rows], dtype=torch.int64)
         self._sample = torch.tensor([row.sample for row in rows], dtype=torch.int64)
+        self._blocks: dict[Stream, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        """First positions [B], and the uniforms [B, DRAW_BLOCK] from there on."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def uniforms(self, stream: Stream, *, offset: int = 0) -> Tensor:
-        """[B] float64 draws for one purpose, `offset` positions ahead."""
-        positions = torch.from_numpy(self.positions + offset)
-        return uniforms(self._seed, self._sample, positions, int(stream))
+        """[B] float64 draws for one purpose, `offset` positions ahead.
+
+        Computed for a block of positions at once, since a few cost as much as one.
+        """
+        positions = self.positions + offset
+        block = self._blocks.get(stream)
+        if block is None or ((positions < block[0]) | (positions >= block[0] + DRAW_BLOCK)).any():
+            # From the row's own position on, because its drafts may be rolled back to there.
+            first = self.positions + offset // DRAW_BLOCK * DRAW_BLOCK
+            block = self._blocks[stream] = first, self._draw_block(stream, first)
+        first, values = block
+        return torch.from_numpy(values[np.arange(len(self)), positions - first])
+
+    def moved_to(self, positions: NDArray[np.int64]) -> Rows:
+        """The same rows at other positions [B]."""
+        moved = copy.copy(self)
+        moved.positions = positions
+        return moved
+
+    def _draw_block(self, stream: Stream, first: NDArray[np.int64]) -> NDArray[np.float64]:
+        positions = torch.from_numpy(first).unsqueeze(-1) + torch.arange(DRAW_BLOCK)
+        seed, sample = self._seed.unsqueeze(-1), self._sample.unsqueeze(-1)
+        values: NDArray[np.float64] = uniforms(seed, sample, positions, int(stream)).numpy()
+        return values
 
     def temperatures(self, device: torch.device) -> Tensor | None:
         """[B] on a device, or None where all are 1."""

@@ -9,8 +9,7 @@ while the policy drafts what follows it. Nor is there a bonus token from the exp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from mentor_serve.engines.vllm.draws import (
     Asked,
     Drafts,
     Judged,
+    Scratch,
     draw_policy,
     judge,
     mixed_records,
@@ -41,15 +41,17 @@ class _StepSampler:
         self.version = 0
         self.records: StepRecords | None = None
         self._known: dict[str, RowSampling] = {}
+        self._rows = Rows([], np.zeros(0, np.int64))
 
-    def _rows(self) -> tuple[list[RowSampling], NDArray[np.int64]]:
-        """The batch's rows in vLLM's order, and how many tokens vLLM holds of each."""
+    def _current_rows(self) -> Rows:
+        """The batch's rows in vLLM's order, at the positions that they draw next."""
         batch = self.runner.input_batch
         request_ids = batch.req_ids
-        self._known = {name: self._known.get(name) or self._row(name) for name in request_ids}
-        return list(self._known.values()), batch.num_tokens_no_spec[: len(request_ids)].astype(
-            np.int64
-        )
+        held = batch.num_tokens_no_spec[: len(request_ids)].astype(np.int64)
+        if request_ids != list(self._known):
+            self._known = {name: self._known.get(name) or self._row(name) for name in request_ids}
+            self._rows = Rows(list(self._known.values()), held)
+        return self._rows.moved_to(held - self._rows.prompt_len)
 
     def _row(self, request_id: str) -> RowSampling:
         arguments = self.runner.requests[request_id].sampling_params.extra_args[EXTRA_ARG]
@@ -67,13 +69,13 @@ class PolicySampler(_StepSampler):
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
         self._scorer = runner.sampler
+        self._scratch = Scratch()
 
     def __call__(self, *, logits: Tensor, sampling_metadata: Any) -> Any:
         """Sample a step's tokens: [B, V] -> vLLM's `SamplerOutput` of [B, 1]."""
-        known, held = self._rows()
-        rows = Rows(known, held - np.array([row.prompt_len for row in known], np.int64))
-        drafts = draw_policy(logits.float(), rows)
-        records = StepRecords.empty([row.key for row in known], 1)
+        rows = self._current_rows()
+        drafts = draw_policy(logits, rows, self._scratch)
+        records = StepRecords.empty(rows.keys, 1)
         records.counts[:] = ~self._is_reading(len(rows))
         _record_drafts(records, drafts, column=0, version=self.version)
         # A mixed row is here only if its weight is zero to within the uniforms' resolution.
@@ -117,8 +119,11 @@ class MixedSampler(_StepSampler):
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
         self._draft: _Draft | None = None
-        self._next: tuple[list[RowSampling], NDArray[np.int64]] | None = None
-        """Rows of the last step and the position that each draws next."""
+        self._next: Rows | None = None
+        """Rows of the last step at the positions that they draw next."""
+        self._scratch: list[Scratch] = []
+        """One for each token that is drafted ahead: the policy is kept until the expert's word."""
+        self._judging = Scratch()
 
     def __call__(
         self, metadata: Any, draft_probs: None, logits: Tensor, sampling_metadata: Any
@@ -138,22 +143,18 @@ class MixedSampler(_StepSampler):
         """The policy is about to draft behind what `_settle` gave."""
         if self._next is None:
             raise RuntimeError("vLLM drafts before it has sampled: not the order of version 0.32")
-        known, positions = self._next
-        self._draft = _Draft(
-            rows=Rows(known, positions),
-            index={row.key: index for index, row in enumerate(known)},
-            steps=[],
-            version=self.version,
-        )
+        index = {key: row for row, key in enumerate(self._next.keys)}
+        self._draft = _Draft(rows=self._next, index=index, steps=[], version=self.version)
 
     def draft(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor]:
         """One more token for each row: [B, V] -> ids [B], and what vLLM keeps as their probs."""
         draft = self._draft
         if draft is None or len(draft.rows) != len(logits):
             raise RuntimeError("vLLM drafts for other rows than it sampled: not as in version 0.32")
-        # A copy: on the CPU the logits may be a view of a buffer that the next pass overwrites.
-        own = logits.to(torch.float32, copy=True)
-        drafts = draw_policy(own, draft.rows, offset=len(draft.steps))
+        offset = len(draft.steps)
+        if offset == len(self._scratch):
+            self._scratch.append(Scratch())
+        drafts = draw_policy(logits, draft.rows, self._scratch[offset], offset=offset)
         draft.steps.append(drafts)
         return drafts.ids, drafts.ids.unsqueeze(-1)
 
@@ -164,30 +165,36 @@ class MixedSampler(_StepSampler):
         logits: Tensor,
         target_indices: Any,
     ) -> Any:
-        known, held = self._rows()
-        num_rows, width = len(known), int(counts.max(initial=0)) + 1
-        positions = held - np.array([row.prompt_len for row in known], np.int64)
-        records = StepRecords.empty([row.key for row in known], width)
+        rows = self._current_rows()
+        num_rows, width = len(rows), int(counts.max(initial=0)) + 1
+        records = StepRecords.empty(rows.keys, width)
         tokens = np.full((num_rows, width), _NO_TOKEN, np.int64)
         is_reading = self._is_reading(num_rows)
         starts = np.cumsum(counts) - counts
         draft = self._draft
-        sources = _drafted_rows(draft, known, positions, counts, starts, drafted)
+        sources = _drafted_rows(draft, rows, counts, starts, drafted)
         for row in np.flatnonzero((sources < 0) & ~is_reading).tolist():
             # The end of the prompt, or a row that vLLM had put out and took in again: without a
             # draft there is nothing to mix, so the engine submits it again from where it was.
-            is_first = known[row].forced_token >= 0 and not self._num_emitted(row)
-            tokens[row, 0] = known[row].forced_token if is_first else 0
+            forced = rows.rows[row].forced_token
+            is_first = forced >= 0 and not self._num_emitted(row)
+            tokens[row, 0] = forced if is_first else 0
             records.is_lost[row] = not is_first
         settled = np.flatnonzero((sources >= 0) & ~is_reading)
         if draft is not None and len(settled):
-            _mix(draft, records, settled, sources, counts, starts, logits, target_indices)
+            _settle_drafts(draft, records, settled, sources, counts)
+            rows_asked, columns = _open_positions(records, draft, settled, sources, counts)
+            if len(rows_asked):
+                at = torch.from_numpy(starts[rows_asked] + columns).to(logits.device)
+                asked = _asked(draft, sources, rows_asked, columns, logits[target_indices[at]])
+                judged = judge(asked, self._judging)
+                _record_judged(records, judged, asked.is_gated, rows_asked, columns)
             for row in settled.tolist():
                 count = records.counts[row]
                 tokens[row, :count] = records.records["token_ids"][row, :count]
         records.num_drafted = int(counts[settled].sum())
         self.records = records
-        self._next = known, positions + (tokens != _NO_TOKEN).sum(axis=1)
+        self._next = rows.moved_to(rows.positions + (tokens != _NO_TOKEN).sum(axis=1))
         return _sampler_output(torch.from_numpy(tokens).to(logits.device))
 
     def _num_emitted(self, row: int) -> int:
@@ -197,19 +204,18 @@ class MixedSampler(_StepSampler):
 
 def _drafted_rows(
     draft: _Draft | None,
-    known: Sequence[RowSampling],
-    positions: NDArray[np.int64],
+    rows: Rows,
     counts: NDArray[np.int64],
     starts: NDArray[np.int64],
     drafted: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """[B] the row of `_draft` that each row's drafts come from, -1 without any."""
-    found = np.full(len(known), -1, np.int64)
+    found = np.full(len(rows), -1, np.int64)
     if draft is None:
         return found
-    for row, (sampling, count) in enumerate(zip(known, counts.tolist(), strict=True)):
-        source = draft.index.get(sampling.key, -1)
-        if source < 0 or not count or draft.rows.positions[source] != positions[row]:
+    for row, (key, count) in enumerate(zip(rows.keys, counts.tolist(), strict=True)):
+        source = draft.index.get(key, -1)
+        if source < 0 or not count or draft.rows.positions[source] != rows.positions[row]:
             continue
         given = drafted[starts[row] : starts[row] + count].tolist()
         if given == [step.token_ids[source] for step in draft.steps[:count]]:
@@ -217,17 +223,14 @@ def _drafted_rows(
     return found
 
 
-def _mix(
+def _settle_drafts(
     draft: _Draft,
     records: StepRecords,
     settled: NDArray[np.int64],
     sources: NDArray[np.int64],
     counts: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    logits: Tensor,
-    target_indices: Tensor,
 ) -> None:
-    """Fill the records of the rows `settled`."""
+    """Fill the records of the rows `settled` as if every draft stood."""
     records.counts[settled] = counts[settled]
     for column in range(int(counts[settled].max())):
         rows = settled[counts[settled] > column]
@@ -238,13 +241,6 @@ def _mix(
         for row in rows[draft.rows.num_top_logprobs[sources[rows]] > 0].tolist():
             top = drafts.top_logprobs[int(sources[row])]
             records.top_logprobs.setdefault(row, []).append(top)
-    rows, columns = _open_positions(records, draft, settled, sources, counts)
-    if not len(rows):
-        return
-    at = torch.from_numpy(starts[rows] + columns).to(logits.device)
-    asked = _asked(draft, sources[rows], columns, logits[target_indices[at]].float())
-    judged = judge(replace(asked, rows=rows))
-    _record_judged(records, judged, asked.is_gated, rows, columns)
 
 
 def _record_drafts(
@@ -287,32 +283,38 @@ def _open_positions(
 
 
 def _asked(
-    draft: _Draft, sources: NDArray[np.int64], columns: NDArray[np.int64], logits: Tensor
+    draft: _Draft,
+    sources: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    logits: Tensor,
 ) -> Asked:
-    """Question to the expert about the drafts at [m] rows of `draft` and columns."""
-    steps = draft.steps
-    policy = torch.empty_like(logits)
-    token_ids = np.zeros(len(sources), np.int64)
-    is_gated = np.zeros(len(sources), np.bool_)
-    accept, residual = np.zeros(len(sources)), np.zeros(len(sources))
-    for column in np.unique(columns).tolist():
-        here = np.flatnonzero(columns == column)
-        of = sources[here]
-        at = torch.from_numpy(of).to(logits.device)
-        policy[torch.from_numpy(here).to(logits.device)] = steps[column].policy.logprobs_at(at)
-        token_ids[here] = steps[column].token_ids[of]
-        is_gated[here] = steps[column].is_gated[of]
-        accept[here] = draft.rows.uniforms(Stream.ACCEPT, offset=column).numpy()[of]
-        residual[here] = draft.rows.uniforms(Stream.RESIDUAL, offset=column).numpy()[of]
+    """Question to the expert about the drafts at [m] rows and columns."""
+    of = sources[rows]
+    steps = draft.steps[: int(columns.max()) + 1]
+    draws = {
+        stream: np.stack([draft.rows.uniforms(stream, offset=k).numpy() for k in range(len(steps))])
+        for stream in (Stream.ACCEPT, Stream.RESIDUAL)
+    }
+
+    def policy_at(which: NDArray[np.int64]) -> Tensor:
+        found = logits.new_empty((len(which), logits.shape[-1]), dtype=torch.float32)
+        for column in np.unique(columns[which]).tolist():
+            here = np.flatnonzero(columns[which] == column)
+            at = torch.from_numpy(of[which[here]]).to(logits.device)
+            found[torch.from_numpy(here).to(logits.device)] = steps[column].policy.logprobs_at(at)
+        return found
+
     return Asked(
-        rows=sources,
+        rows=rows,
         logits=logits,
-        policy_logprobs=policy,
-        token_ids=token_ids,
-        temperatures=draft.rows.temperature[sources],
-        is_gated=is_gated,
-        accept_draws=accept,
-        residual_draws=residual,
+        token_ids=np.stack([step.token_ids for step in steps])[columns, of],
+        policy_logprobs=np.stack([step.logprobs for step in steps])[columns, of],
+        policy_at=policy_at,
+        temperatures=draft.rows.temperature[of],
+        is_gated=np.stack([step.is_gated for step in steps])[columns, of],
+        accept_draws=draws[Stream.ACCEPT][columns, of],
+        residual_draws=draws[Stream.RESIDUAL][columns, of],
     )
 
 

@@ -1,7 +1,7 @@
 """What runs inside vLLM's worker: our samplers in place of its own, and weights that change.
 
-With `samplers` the only module that touches vLLM's internals; `PRIVATE_NAMES` lists what of them is
-not imported by name, and a vLLM without it is refused at the start.
+With `samplers` and `draft_length` the only module that touches vLLM's internals; `PRIVATE_NAMES`
+lists what of them is not imported by name, and a vLLM without it is refused at the start.
 """
 
 from __future__ import annotations
