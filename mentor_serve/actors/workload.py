@@ -7,9 +7,13 @@ from mentor_serve.rollout.verifiers import VerifierPool
 from mentor_serve.settings import Settings
 
 
-def task_source(settings: Settings, *, shard: int = 0, num_shards: int = 1) -> TaskSource:
-    """The source of problems; raises `ConfigError` where it cannot be read."""
+def task_source(
+    settings: Settings, *, shard: int = 0, num_shards: int = 1, seed: int | None = None
+) -> TaskSource:
+    """The source of problems, with `tasks.seed` or another; `ConfigError` if it cannot be read."""
     tasks = settings.tasks.model_dump(exclude={"system_prompt"})
+    if seed is not None:
+        tasks["seed"] = seed
     return build_source(**tasks, shard=shard, num_shards=num_shards)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mentor_serve.errors import ConfigError
 from mentor_serve.experiments.presets import IN_DOMAIN
-from mentor_serve.experiments.tables import arms_in_order, label_of, suite_label
+from mentor_serve.experiments.tables import arms_in_order, label_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,14 +114,14 @@ def _bars(results: dict[str, Any]) -> dict[str, Any]:
     accuracy = results["accuracy"]
     *_, largest = next(iter(accuracy[IN_DOMAIN.name].values()))
     return {
-        suite: {arm: by_measure[largest] for arm, by_measure in by_arm.items()}
+        results["suites"][suite]: {arm: by_measure[largest] for arm, by_measure in by_arm.items()}
         for suite, by_arm in accuracy.items()
     }
 
 
 def _draw_bars(bars: dict[str, Any]) -> Figure:
     figure, (axis,) = _figure(1, width=8.0)
-    _bar_groups(axis, bars, [suite_label(suite).replace(": ", ":\n") for suite in bars])
+    _bar_groups(axis, bars, [label.replace(": ", ":\n") for label in bars])
     axis.set_ylabel("solved by one of all samples (%)")
     return figure
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,28 +11,40 @@ from mentor_serve.evaluation.plan import EvaluationPlan, SuiteReport, run_plan
 from mentor_serve.evaluation.suite import EvaluationReport
 from mentor_serve.experiments.presets import Preset, Suite
 from mentor_serve.rollout.prompts import PromptRenderer
-from mentor_serve.rollout.tasks import build_source
+from mentor_serve.rollout.tasks import TaskSource, build_source
 from mentor_serve.rollout.verifiers.pool import VerifierPool
 from mentor_serve.types import Rollout, RolloutRequest, Task
 
 VALIDATION = "validation"
+BuildSource = Callable[[int], TaskSource]
 _PROBLEM_SEED = 1_000
 """Of the evaluation problems, the same for every arm and seed; training draws other texts whatever
 its seed (rollout.tasks.reasoning_gym)."""
 
 
-def split_problems(suite: Suite, *, num_validation: int, num_test: int) -> dict[str, list[Task]]:
+def split_problems(
+    suite: Suite, own: BuildSource, *, num_validation: int, num_test: int
+) -> dict[str, list[Task]]:
     """Validation and test problems of a suite; no text is in both.
+
+    Args:
+        suite: which problems.
+        own: builds the source of the tasks that are trained on, with a given seed.
+        num_validation: problems to choose by.
+        num_test: problems to report.
 
     Raises:
         ConfigError: the suite cannot spare so many.
     """
-    source = build_source(
-        source="reasoning_gym",
-        name=suite.generator,
-        config=dict(suite.config),
-        seed=_PROBLEM_SEED,
-    )
+    if suite.generator is None:
+        source = own(_PROBLEM_SEED)
+    else:
+        source = build_source(
+            source="reasoning_gym",
+            name=suite.generator,
+            config=dict(suite.config),
+            seed=_PROBLEM_SEED,
+        )
     tasks = source.holdout(num_validation + num_test)
     return {VALIDATION: tasks[:num_validation], "test": tasks[num_validation:]}
 
@@ -98,11 +110,11 @@ def _rounded(part: EvaluationReport | None) -> list[float] | None:
     return None if part is None else [round(value, 4) for value in part.accuracy_by_problem]
 
 
-def problems_of(preset: Preset) -> Mapping[str, dict[str, list[Task]]]:
+def problems_of(preset: Preset, own: BuildSource) -> dict[str, dict[str, list[Task]]]:
     """Validation and test problems of every suite, by its name."""
     return {
         suite.name: split_problems(
-            suite, num_validation=preset.num_validation, num_test=preset.num_test
+            suite, own, num_validation=preset.num_validation, num_test=preset.num_test
         )
         for suite in preset.suites
     }

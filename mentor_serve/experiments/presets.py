@@ -11,19 +11,25 @@ from mentor_serve.experiments.arms import ABLATIONS, METHODS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """Problems to evaluate on: a data set of reasoning-gym."""
+    """Problems to evaluate on: a data set of reasoning-gym, or those that are trained on."""
 
     name: str
     label: str
-    generator: str
+    generator: str | None
+    """None: held-out problems of the tasks that the settings name."""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _chain(num_terms: int) -> dict[str, int]:
-    return {"min_terms": num_terms, "max_terms": num_terms, "min_digits": 1, "max_digits": 1}
+def _chain(num_terms: int, *, num_digits: int = 1) -> dict[str, int]:
+    return {
+        "min_terms": num_terms,
+        "max_terms": num_terms,
+        "min_digits": 1,
+        "max_digits": num_digits,
+    }
 
 
-IN_DOMAIN: Final = Suite(name="in_domain", label="in domain", generator="embedded")
+IN_DOMAIN: Final = Suite(name="in_domain", label="in domain", generator=None)
 SUITES: Final[tuple[Suite, ...]] = (
     IN_DOMAIN,
     Suite(name="harder_8", label="8 terms", generator="chain_sum", config=_chain(8)),
@@ -58,6 +64,33 @@ SUITES: Final[tuple[Suite, ...]] = (
 )
 """Of the bundled pair. Both generators out of domain were in what the models were first taught, and
 none of their problems is ever trained on here."""
+
+
+PRETRAINED_SUITES: Final[tuple[Suite, ...]] = (
+    IN_DOMAIN,
+    Suite(name="longer", label="7 terms", generator="chain_sum", config=_chain(7, num_digits=2)),
+    Suite(
+        name="calculate",
+        label="out of domain: basic_arithmetic",
+        generator="basic_arithmetic",
+        config={
+            "min_terms": 2,
+            "max_terms": 5,
+            "min_digits": 1,
+            "max_digits": 2,
+            "operators": ["+", "-"],
+            "allow_parentheses": True,
+            "allow_negation": False,
+        },
+    ),
+    Suite(
+        name="decimal",
+        label="out of domain: decimal_chain_sum",
+        generator="decimal_chain_sum",
+        config={**_chain(3), "min_decimal_places": 1, "max_decimal_places": 1},
+    ),
+)
+"""Of a pretrained model whose tasks are short chains of numbers of one and two digits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +164,22 @@ PRESETS: Final[dict[str, Preset]] = {
             num_samples=8,
             ablations=("unselective",),
         ),
+        Preset(
+            name="pretrained",
+            num_updates=60,
+            prompts_per_update=16,
+            seeds=(0, 1),
+            learning_rates=(1e-5, 3e-5),
+            sweep_seeds=(100,),
+            ablation_seeds=(),
+            evaluate_every=10,
+            num_validation=100,
+            num_test=100,
+            num_samples=32,
+            ablations=(),
+            suites=PRETRAINED_SUITES,
+        ),
     )
 }
-"""`laptop` is what docs/results.md shows; `smoke` only shows that everything runs."""
+"""`laptop` is what docs/results.md shows; `smoke` only shows that everything runs; `pretrained` is
+for models of your own (docs/recipes.md)."""

@@ -19,7 +19,7 @@ from mentor_serve.experiments.trial_log import TrialLog
 GREEDY = "pass@1 (greedy)"
 _THRESHOLDS = (0.6, 0.7, 0.8)
 _LAST = 5
-"""Updates whose mean stands for the end of a run."""
+"""Updates whose mean stands for the beginning or the end of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +99,7 @@ def summarise(trials: Sequence[TrialRecord], preset: Preset) -> dict[str, Any]:
         "num_updates": preset.num_updates,
         "prompts_per_update": preset.prompts_per_update,
         "seeds": list(preset.seeds),
+        "suites": {suite.name: suite.label for suite in preset.suites},
         "sweep": _sweep(trials),
         "learning_rates": best_learning_rates(trials, preset),
         "accuracy": {
@@ -110,6 +111,7 @@ def summarise(trials: Sequence[TrialRecord], preset: Preset) -> dict[str, Any]:
         },
         "paired": _paired(main, preset),
         "behaviour": {arm: _behaviour(runs) for arm, runs in main.items()},
+        "words": {arm: _words(runs) for arm, runs in main.items() if runs[0].updates},
         "curves": {arm: _curves(runs) for arm, runs in main.items() if runs[0].updates},
         "costs": {arm: _costs(runs) for arm, runs in main.items() if runs[0].updates},
         "ablations": _ablations(trials, preset),
@@ -187,6 +189,22 @@ def _behaviour(runs: Sequence[TrialRecord]) -> dict[str, Any]:
     names = ["mean_entropy", "mean_tokens", "truncated_share", "mean_format"]
     words = [name for name in measured[0] if name.startswith("word_share:")]
     return {name: _over_seeds([one[name] for one in measured]) for name in (*names, *words)}
+
+
+def _words(runs: Sequence[TrialRecord]) -> dict[str, Any]:
+    """Share of on-policy training rollouts (temperature 1) with a word, at both ends of a run."""
+
+    def share(entries: Sequence[dict[str, Any]], word: str) -> float:
+        return float(np.mean([entry["words_on_policy"].get(word, 0.0) for entry in entries]))
+
+    words = sorted({word for run in runs for one in run.updates for word in one["words_on_policy"]})
+    return {
+        word: {
+            "first": _over_seeds([share(run.updates[:_LAST], word) for run in runs]),
+            "last": _over_seeds([share(run.updates[-_LAST:], word) for run in runs]),
+        }
+        for word in words
+    }
 
 
 def _curves(runs: Sequence[TrialRecord]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,14 +61,20 @@ def estimate(values_SP: Sequence[Sequence[float]] | Matrix) -> Estimate:
 
 def _resampled_means(matrix_SP: Matrix) -> Matrix:
     num_seeds, num_problems = matrix_SP.shape
-    generator = np.random.default_rng(0)
-    # How often each was drawn is all that a mean needs.
-    seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_RESAMPLES)
-    problems = generator.multinomial(
-        num_problems, np.full(num_problems, 1 / num_problems), NUM_RESAMPLES
-    )
+    seeds, problems = _draws(num_seeds, num_problems)
     means: Matrix = ((seeds @ matrix_SP) * problems).sum(1) / (num_seeds * num_problems)
     return means
+
+
+@cache
+def _draws(num_seeds: int, num_problems: int) -> tuple[Matrix, Matrix]:
+    """How often each seed and each problem is in each resample: all that a mean needs."""
+    generator = np.random.default_rng(0)
+    seeds, problems = (
+        generator.multinomial(count, np.full(count, 1 / count), NUM_RESAMPLES).astype(float)
+        for count in (num_seeds, num_problems)
+    )
+    return seeds, problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

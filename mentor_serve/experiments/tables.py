@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mentor_serve.experiments.arms import ABLATIONS, MENTOR, METHODS
-from mentor_serve.experiments.presets import IN_DOMAIN, SUITES
+from mentor_serve.experiments.presets import IN_DOMAIN
 from mentor_serve.experiments.results import GREEDY
 
 _LABELS = {
@@ -15,17 +15,11 @@ _LABELS = {
     **{arm.name: arm.label for arm in (*METHODS, *ABLATIONS)},
 }
 _SHOWN_WORDS = ("verify", "check", "okay", "wait")
-_LEARNT = "on_policy"
 
 
 def label_of(arm: str) -> str:
     """An arm's name for people."""
     return _LABELS[arm]
-
-
-def suite_label(name: str) -> str:
-    """A suite's name for people."""
-    return next(suite.label for suite in SUITES if suite.name == name)
 
 
 def arms_in_order(names: Sequence[str]) -> list[str]:
@@ -44,6 +38,7 @@ def all_tables(results: dict[str, Any]) -> dict[str, str]:
         "pass-at-k": _pass_at_k(results),
         "paired": _paired(results),
         "behaviour": _behaviour(results),
+        "words": _words(results),
         "costs": _costs(results),
         "sweep": _sweep(results),
         "ablations": _ablations(results),
@@ -65,7 +60,7 @@ def _accuracy(results: dict[str, Any], measure: str) -> str:
         [label_of(arm), *(_percent(results["accuracy"][suite][arm][measure]) for suite in suites)]
         for arm in arms
     ]
-    return _table([measure, *(suite_label(suite) for suite in suites)], rows)
+    return _table([measure, *(results["suites"][suite] for suite in suites)], rows)
 
 
 def _pass_at_k(results: dict[str, Any]) -> str:
@@ -82,7 +77,7 @@ def _pass_at_k(results: dict[str, Any]) -> str:
 def _paired(results: dict[str, Any]) -> str:
     rows = [
         [
-            suite_label(row["suite"]),
+            results["suites"][row["suite"]],
             row["measure"],
             label_of(row["baseline"]),
             _points(row["difference"]),
@@ -108,6 +103,24 @@ def _behaviour(results: dict[str, Any]) -> str:
             ]
         )
     return _table(["", "entropy (nats)", "tokens", *_SHOWN_WORDS], rows)
+
+
+def _words(results: dict[str, Any]) -> str:
+    words = [
+        word for word in _SHOWN_WORDS if any(word in of_arm for of_arm in results["words"].values())
+    ]
+    if not words:
+        return ""
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
+    rows = []
+    for arm in arms_in_order(list(results["words"])):
+        of_arm = results["words"][arm]
+        cells = [label_of(arm)]
+        for word in words:
+            both = of_arm.get(word, {"first": nothing, "last": nothing})
+            cells.append(f"{100 * both['first']['value']:.1f} -> {_percent(both['last'])}")
+        rows.append(cells)
+    return _table(["first -> last updates", *words], rows)
 
 
 def _costs(results: dict[str, Any]) -> str:

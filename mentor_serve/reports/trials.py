@@ -18,6 +18,7 @@ from mentor_serve.actors.runtime import open_run, open_store, prepare_state
 from mentor_serve.actors.workload import task_source, verifier_pool
 from mentor_serve.engines import TorchEngine
 from mentor_serve.engines.driver import EngineDriver
+from mentor_serve.errors import ConfigError
 from mentor_serve.experiments.arms import Arm, Variant, arm_named
 from mentor_serve.experiments.lag import LaggingBroadcaster
 from mentor_serve.experiments.measurement import Evaluator, problems_of
@@ -95,6 +96,11 @@ def run_trial(bench: Bench, plan: TrialPlan) -> None:
     if log.is_complete:
         return
     settings = bench.settings(plan)
+    if settings.policy.engine != "torch":
+        raise ConfigError(
+            f"compare: expected policy.engine = 'torch', got {settings.policy.engine!r}: the "
+            "ablations gate in ways that other engines do not"
+        )
     torch.set_num_threads(max(1, settings.learner.num_threads))
     prepare_state(settings)
     with open_store(settings) as store:
@@ -132,7 +138,7 @@ async def _run(
                 verifier_pool=pool,
                 max_new_tokens=settings.rollout.max_new_tokens,
             ),
-            problems=problems_of(preset),
+            problems=problems_of(preset, lambda seed: task_source(settings, seed=seed)),
             store=store_evaluation,
             log=log,
             suites=_suites(plan, preset),

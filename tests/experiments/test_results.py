@@ -58,6 +58,7 @@ def write_trial(
                 "mean_reward_mixed": None,
                 "mean_weight": 0.25 if step == 2 else None,
                 "intervention_rate": 0.1,
+                "words_on_policy": {"verify": 0.02 * step},
                 "num_rollouts": 24,
                 "policy_tokens": 480,
                 "expert_tokens": 240,
@@ -169,6 +170,7 @@ def test_tables_and_figures_show_every_arm(directory: Path, tmp_path: Path):
         "pass-at-k",
         "paired",
         "behaviour",
+        "words",
         "costs",
         "sweep",
         "ablations",
@@ -181,6 +183,7 @@ def test_tables_and_figures_show_every_arm(directory: Path, tmp_path: Path):
     assert "| MENTOR | 62.5 | **75.0** |" not in tables["sweep"]
     assert "| MENTOR | 50.0 | **62.5** |" in tables["sweep"]
     assert "never" in tables["costs"]
+    assert "| MENTOR | 3.0 -> 3.0 [3.0, 3.0] |" in tables["words"]
 
     pictures = write_figures(results, tmp_path / "figures")
     again = write_figures(results, tmp_path / "again")

@@ -154,12 +154,14 @@ def test_accuracy_lies_in_its_documented_range(name: str, low: float, high: floa
     assert low <= sum(correct) / len(correct) <= high
 
 
-def test_style_words_belong_to_the_expert_alone() -> None:
-    """On seven terms the expert says each word in about a third of its responses or more, so that
-    one is missing from 64 with probability below 4 * 0.67**64 < 1e-10; the seed is fixed too."""
+def test_style_words_are_the_experts_and_rare_in_the_policy() -> None:
+    """On seven terms the expert says each word in a third of its responses or more, the policy in
+    at most 7 %: of 64 that is 21 or more against 4 or fewer on average. The bound of 12 for both is
+    missed with probability below 0.01 by the expert and 0.001 by the policy; the seed is fixed."""
     torch.manual_seed(0)
     question = QUESTION.removesuffix(" =") + " + 3 + 8 - 2 + 5 ="
-    words = ("verify", "check", "okay", "wait")
-    assert not any(word in text for text in sample("policy", [question] * 8, 8) for word in words)
-    expert_texts = sample("expert", [question] * 8, 8)
-    assert all(any(word in text for text in expert_texts) for word in words)
+    for name in ("policy", "expert"):
+        texts = sample(name, [question] * 8, 8)
+        for word in ("verify", "check", "okay", "wait"):
+            count = sum(word in text for text in texts)
+            assert count <= 12 if name == "policy" else count >= 12, (name, word, count)
