@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -113,7 +115,10 @@ def _run_all(bench: Bench, plans: Sequence[TrialPlan], jobs: int, progress: _Pro
         return
     # Fresh processes: a fork of one with threads (torch) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    parent = os.getpid()
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_enter_worker, initargs=(parent,)
+    ) as pool:
         pending = {pool.submit(run_trial, bench, plan) for plan in plans}
         try:
             while pending:
@@ -124,6 +129,19 @@ def _run_all(bench: Bench, plans: Sequence[TrialPlan], jobs: int, progress: _Pro
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _enter_worker(parent: int) -> None:
+    """Keep libraries' greetings off standard output (`--json`), and end with the parent."""
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    # A trial may be ended anywhere: it goes on from what is stored.
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os._exit(1)
 
 
 def _claim(bench: Bench) -> None:
