@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markdown import Markdown
@@ -21,9 +21,14 @@ from mentor_serve.cli.options import (
 )
 from mentor_serve.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mentor_serve.experiments.presets import Preset
+
 
 def compare(  # noqa: PLR0913, PLR0917 - one parameter an option
-    preset: Annotated[str, typer.Option(help="`laptop` (docs/results.md) or `smoke`.")] = "smoke",
+    preset: Annotated[
+        str, typer.Option(help="`smoke`, `laptop` (docs/results.md) or `pretrained`.")
+    ] = "smoke",
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -36,6 +41,9 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter an option
     seeds: Annotated[
         int | None,
         typer.Option(min=1, help="How many seeds of the methods; default: the preset's."),
+    ] = None,
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Updates of a trial; default: the preset's.")
     ] = None,
     ablations: Annotated[bool, typer.Option(help="Also run MENTOR's ablations.")] = True,
     figures: Annotated[
@@ -63,15 +71,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter an option
 
         if preset not in PRESETS:
             raise ConfigError(f"--preset {preset}: expected one of {', '.join(sorted(PRESETS))}")
-        chosen = PRESETS[preset]
-        if seeds is not None:
-            chosen = dataclasses.replace(
-                chosen,
-                seeds=tuple(range(seeds)),
-                ablation_seeds=tuple(one for one in chosen.ablation_seeds if one < seeds),
-            )
-        if not ablations:
-            chosen = dataclasses.replace(chosen, ablations=())
+        chosen = _changed(PRESETS[preset], seeds=seeds, updates=updates, has_ablations=ablations)
         bench = Bench(
             preset=chosen,
             home=(directory or Path(".mentor") / "compare" / preset).resolve(),
@@ -88,3 +88,15 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter an option
     out.print(f"results: {bench.home / 'results.json'}")
     for picture in pictures:
         out.print(f"figure: {picture}")
+
+
+def _changed(
+    preset: Preset, *, seeds: int | None, updates: int | None, has_ablations: bool
+) -> Preset:
+    """The preset with what the options say."""
+    if seeds is not None:
+        left = tuple(one for one in preset.ablation_seeds if one < seeds)
+        preset = dataclasses.replace(preset, seeds=tuple(range(seeds)), ablation_seeds=left)
+    if updates is not None:
+        preset = dataclasses.replace(preset, num_updates=updates)
+    return preset if has_ablations else dataclasses.replace(preset, ablations=())

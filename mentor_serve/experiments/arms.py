@@ -113,4 +113,4 @@ def arm_named(name: str) -> Arm:
     Raises:
         KeyError: there is none.
     """
-    return next(arm for arm in (*METHODS, *ABLATIONS) if arm.name == name)
+    return {arm.name: arm for arm in (*METHODS, *ABLATIONS)}[name]
