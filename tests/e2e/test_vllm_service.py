@@ -1,6 +1,7 @@
 """The whole service on vLLM: completions, mixed groups, and updates that are served.
 
-The bundled pair, and SmolLM2-135M where MENTOR_BENCH_SMOLLM2 names its directory.
+The bundled pair, and SmolLM2-135M: from the directory that MENTOR_BENCH_SMOLLM2 names, or from where
+`make smollm2-for-tests` puts it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ pytestmark = [
     ),
 ]
 QUESTION = "State the final answer to the following arithmetic problem: 4 - 1 - 7 ="
-SMOLLM2 = os.environ.get("MENTOR_BENCH_SMOLLM2")
+_FETCHED = Path(__file__).resolve().parents[2] / ".models" / "smollm2"
+SMOLLM2 = os.environ.get("MENTOR_BENCH_SMOLLM2") or (str(_FETCHED) if _FETCHED.exists() else None)
 SMOLLM2_SETTINGS = {
     "MENTOR_SERVE_POLICY__MAX_BATCH_SIZE": "24",
     "MENTOR_SERVE_POLICY__MAX_MODEL_LEN": "192",
@@ -62,7 +64,7 @@ def service(
     }
     if request.param == "smollm2":
         if SMOLLM2 is None:
-            pytest.skip("needs SmolLM2-135M, named by MENTOR_BENCH_SMOLLM2")
+            pytest.skip("needs SmolLM2-135M (`make smollm2-for-tests`)")
         expert = _perturbed_copy(tmp_path_factory.mktemp("expert"))
         env |= {"MENTOR_SERVE_POLICY__MODEL": SMOLLM2, "MENTOR_SERVE_EXPERT__MODEL": expert}
         env |= SMOLLM2_SETTINGS
