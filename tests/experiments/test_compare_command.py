@@ -14,6 +14,7 @@ import pytest
 from mentor_serve.experiments.presets import PRESETS
 from mentor_serve.experiments.tables import all_tables
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SMOKE = PRESETS["smoke"]
 
 

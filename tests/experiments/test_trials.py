@@ -16,6 +16,9 @@ from mentor_serve.experiments.trial_log import TrialLog
 from mentor_serve.reports.trials import run_trial
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
 class Killed(BaseException):
     """Stands for a signal: no handler of errors catches it."""
 
