@@ -1,7 +1,7 @@
 """The whole service on vLLM: completions, mixed groups, and updates that are served.
 
-The bundled pair, and SmolLM2-135M: from the directory that MENTOR_BENCH_SMOLLM2 names, or from where
-`make smollm2-for-tests` puts it.
+The bundled pair, and SmolLM2-135M: from the directory that MENTOR_BENCH_SMOLLM2 names, or from
+where `make smollm2-for-tests` puts it.
 """
 
 from __future__ import annotations

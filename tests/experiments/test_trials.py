@@ -15,7 +15,6 @@ from mentor_serve.experiments.arms import ABLATIONS, METHODS, NUM_ROLLOUTS
 from mentor_serve.experiments.trial_log import TrialLog
 from mentor_serve.reports.trials import run_trial
 
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
