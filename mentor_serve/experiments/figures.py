@@ -22,7 +22,10 @@ COLOURS = {
     "mentor": "#c44e52",
     "expert": "#2f2f2f",
 }
-_FIGURE_3_ARMS = ("base", "on_policy", "luffy", "questa", "mentor", "expert")
+_FIGURE_3_ARMS = ("on_policy", "luffy", "mentor")
+_NEVER = {"value": 0.0, "low": 0.0, "high": 0.0}
+_RARE = 0.005
+"""A word that nobody says in so many responses is not drawn."""
 _CURVES = (
     ("validation_step", "validation", "greedy accuracy, validation"),
     ("step", "entropy", "token entropy of rollouts (nats)"),
@@ -91,21 +94,31 @@ def _draw_curves(curves: dict[str, Any]) -> Figure:
 
 
 def _words(results: dict[str, Any]) -> dict[str, Any]:
-    """By word, then arm; words that nobody says left out."""
-    behaviour = results["behaviour"]
-    arms = [arm for arm in _FIGURE_3_ARMS if arm in behaviour]
-    names = [name for name in behaviour[arms[0]] if name.startswith("word_share:")]
+    """By word, then arm: share of the last training rollouts; of the first ones for `base`.
+
+    At temperature 1, where rare words show. QuestA's are left out: its prompts have hints.
+    """
+    words = results["words"]
+    arms = [arm for arm in _FIGURE_3_ARMS if arm in words]
+    nothing = {"first": _NEVER, "last": _NEVER}
+    shares = {
+        word: {
+            "base": words[arms[0]].get(word, nothing)["first"],
+            **{arm: words[arm].get(word, nothing)["last"] for arm in arms},
+        }
+        for word in sorted({word for arm in arms for word in words[arm]})
+    }
     return {
-        name.removeprefix("word_share:"): {arm: behaviour[arm][name] for arm in arms}
-        for name in names
-        if any(behaviour[arm][name]["value"] >= 0.001 for arm in arms)
+        word: by_arm
+        for word, by_arm in shares.items()
+        if any(row["value"] >= _RARE for row in by_arm.values())
     }
 
 
 def _draw_words(words: dict[str, Any]) -> Figure:
     figure, (axis,) = _figure(1, width=6.5)
     _bar_groups(axis, words, list(words))
-    axis.set_ylabel("responses with the word (%)")
+    axis.set_ylabel("training rollouts with the word (%)")
     return figure
 
 

@@ -210,7 +210,9 @@ def _number(estimate: dict[str, Any], digits: int) -> str:
 
 
 def _p_value(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    if value is None:
+        return "-"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _seconds(values: Sequence[float | None]) -> str:
