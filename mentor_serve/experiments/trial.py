@@ -1,8 +1,8 @@
 """One run of one arm: collect, update, measure, until its updates are made. One process, no Ray.
 
 Contract: every update takes the groups that were collected for it and no others, in the order of
-the tasks, so that the same plan and seed give the same numbers. A trial that is killed goes on
-where the store and its log say that it was.
+the tasks, so that the same plan and seed give the same numbers, to rounding (which batches the
+expert reads depends on measured times). A trial that is killed goes on where the store says.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Parts:
     collector: RoundCollector
     expert: TorchEngine | None
     """Writes whole solutions; its counters are part of the costs."""
+    latest_update: Callable[[], UpdateRecord | None]
+    """The newest update of the run in the store."""
 
 
 class EvaluationSink(Protocol):
@@ -137,8 +139,8 @@ class Trial:
         self._measurer = measurer
         self._log = log
 
-    async def run(self, on_update: Callable[[int], None] | None = None) -> None:
-        """Train and measure; `on_update` is called with the number of updates made.
+    async def run(self) -> None:
+        """Train and measure.
 
         Raises:
             MentorError: a rollout, a verifier or the store failed; run the same trial again.
@@ -146,23 +148,31 @@ class Trial:
         preset, learner = self._preset, self._parts.learner
         learner.start()
         try:
-            done = learner.guidance.step
-            self._parts.collector.restart_at(done * preset.prompts_per_update)
-            await self._curve(0)
-            while (step := learner.guidance.step) < preset.num_updates:
+            step = learner.guidance.step
+            self._complete_log(step)
+            self._parts.collector.restart_at(step * preset.prompts_per_update)
+            while step < preset.num_updates:
+                await self._curve(step)
                 await self._update(step)
-                if (step + 1) % preset.evaluate_every == 0:
-                    await self._curve(step + 1)
-                if on_update is not None:
-                    on_update(step + 1)
+                step = learner.guidance.step
+            await self._curve(step)
             with self._parts.broadcaster.newest():
                 await self._measurer.final(step, learner.guidance.policy_version)
         finally:
             learner.close()
         self._log.add("done", {"num_updates": preset.num_updates})
 
+    def _complete_log(self, step: int) -> None:
+        """Add the update that a process committed and did not live to log; nobody timed it."""
+        entries = self._log.entries("update")
+        record = self._parts.latest_update()
+        if record is None or step <= len(entries):
+            return
+        nothing = dict.fromkeys(self._costs(), 0)
+        self._add_update(record, [], nothing, weight=self._matched_weight(), times_s=(0.0, 0.0))
+
     async def _curve(self, step: int) -> None:
-        if self._parts.learner.guidance.step == step:
+        if step % self._preset.evaluate_every == 0:
             with self._parts.broadcaster.newest():
                 await self._measurer.curve(step, self._parts.learner.guidance.policy_version)
 
@@ -181,22 +191,34 @@ class Trial:
                 f"expected {self._preset.prompts_per_update} groups for update {step + 1}, but too "
                 "few are ready; start the comparison again in a new directory"
             )
-        updated = time.monotonic()
+        times_s = (collected - started, time.monotonic() - collected)
+        costs = _difference(self._costs(), before)
+        weight = _mean_weight(responses, record.gamma)
+        self._add_update(record, responses, costs, weight=weight, times_s=times_s)
+
+    def _add_update(
+        self,
+        record: UpdateRecord,
+        responses: Sequence[Response],
+        costs: Mapping[str, int],
+        *,
+        weight: float,
+        times_s: tuple[float, float],
+    ) -> None:
         self._log.add(
             "update",
             {
                 **_numbers(record),
-                **_difference(self._costs(), before),
+                **costs,
                 **_words(responses),
                 "num_rollouts": len(responses),
-                "matched_weight": _mean_weight(responses, record.gamma),
-                "collect_s": round(collected - started, 4),
-                "update_s": round(updated - collected, 4),
+                "matched_weight": weight,
+                "collect_s": round(times_s[0], 4),
+                "update_s": round(times_s[1], 4),
             },
         )
 
     def _matched_weight(self) -> float:
-        # A trial that was killed between an update and its log entry has the entry before that.
         entries = self._log.entries("update")
         return entries[-1]["matched_weight"] if entries else 0.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,7 +206,13 @@ def _parts(
         config=collector_config(settings),
         variant=arm.variant,
     )
-    return Parts(learner=learner, broadcaster=broadcaster, collector=collector, expert=expert)
+    return Parts(
+        learner=learner,
+        broadcaster=broadcaster,
+        collector=collector,
+        expert=expert,
+        latest_update=lambda: store.latest_update(run_id),
+    )
 
 
 class _Sampler:
@@ -273,6 +279,3 @@ def _prune(settings: Settings) -> None:
     """Groups of a finished trial; its updates, evaluations and demonstrations stay."""
     plan = PrunePlan(what="groups", keep_versions=0, run=settings.run_name, pause_s=0.0)
     prune(settings.database_url, plan)
-
-
-Progress = Callable[[int, int], None]
