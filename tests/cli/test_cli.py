@@ -13,11 +13,14 @@ import pytest
 from cli_outcome import Outcome
 
 from mentor_serve.models.reference import reference_path
+from tests.ports import free_port
 
 
 def up(run: Callable[..., Outcome], *settings: str) -> Outcome:
     """`mentor-serve up` that must fail before it starts any process."""
-    flags = [flag for setting in settings for flag in ("--set", setting)]
+    # The default port may be in use; of settings given twice the last one counts.
+    given = (f"gateway.port={free_port()}", *settings)
+    flags = [flag for setting in given for flag in ("--set", setting)]
     outcome = run("up", "--no-dashboard", *flags)
     assert outcome.err.startswith("mentor-serve: ")
     assert "Traceback" not in outcome.err
