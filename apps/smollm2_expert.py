@@ -35,13 +35,14 @@ import torch
 
 from apps.supervised import Example, FinetuningPlan, finetune, mean_loss
 from mentor_serve.actors.evaluation import evaluate_model, evaluation_plan
+from mentor_serve.actors.workload import task_source
 from mentor_serve.cli.options import libraries_on_stderr
 from mentor_serve.errors import ConfigError, MentorError
 from mentor_serve.evaluation import EvaluationPlan, SuiteReport
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.models.progress import no_progress_bar
 from mentor_serve.rollout.prompts import PromptRenderer
-from mentor_serve.rollout.tasks import TaskSource, build_source
+from mentor_serve.rollout.tasks import TaskSource
 from mentor_serve.settings import Settings, load_settings
 from mentor_serve.types import Task
 from mentor_serve.weights.directories import atomic_directory
@@ -104,7 +105,7 @@ class WorkedSolutions:
             )
         if tokenizer.eos_token_id is None:
             raise ConfigError("expected a tokenizer with an end token, got one without")
-        self._tasks = tasks
+        self._settings = settings
         self._tokenizer = tokenizer
         self._renderer = PromptRenderer(tokenizer, tasks.system_prompt)
 
@@ -122,16 +123,17 @@ class WorkedSolutions:
 
     def draws(self, seed: int) -> Callable[[], Example]:
         """An endless sequence of examples; of held-out problems none."""
-        source = self._source(self._tasks.seed + _SEED_DISTANCE * (1 + seed))
+        source = self._source(self._settings.tasks.seed + _SEED_DISTANCE * (1 + seed))
         return lambda: self.example(source.next_task())
 
     def held_out(self, num_problems: int) -> list[Example]:
         """The problems that the evaluation asks, with their solutions."""
-        return [self.example(t) for t in self._source(self._tasks.seed).holdout(num_problems)]
+        return [
+            self.example(t) for t in self._source(self._settings.tasks.seed).holdout(num_problems)
+        ]
 
     def _source(self, seed: int) -> TaskSource:
-        arguments = self._tasks.model_dump(exclude={"system_prompt"})
-        return build_source(**(arguments | {"seed": seed}))
+        return task_source(self._settings, seed=seed)
 
 
 def make_expert(

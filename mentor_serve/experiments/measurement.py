@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,6 @@ class Evaluator:
         num_samples: int,
         temperature: float,
         ks: Sequence[int],
-        on_progress: Callable[[int, int], None] | None = None,
     ) -> SuiteReport:
         """Greedy responses, and `num_samples` sampled ones, to every problem.
 
@@ -80,19 +79,17 @@ class Evaluator:
             max_new_tokens=self.max_new_tokens,
             ks=tuple(ks),
         )
-        return await run_plan(
-            self._generate, self.renderer, self.verifier_pool, tasks, plan, on_progress=on_progress
-        )
+        return await run_plan(self._generate, self.renderer, self.verifier_pool, tasks, plan)
 
     async def _generate(self, requests: list[RolloutRequest]) -> list[list[Rollout]]:
         return self.engine.generate(requests)
 
 
-def entry_of(report: SuiteReport, *, step: int, split: str) -> dict[str, Any]:
+def entry_of(report: SuiteReport, *, step: int, suite: str, split: str) -> dict[str, Any]:
     """What the trial's log keeps of a report: every number, and who solved what."""
     return {
         "step": step,
-        "suite": report.plan.suite,
+        "suite": suite,
         "split": split,
         "num_problems": report.plan.num_problems,
         "num_samples": report.plan.num_samples,
@@ -110,11 +107,13 @@ def _rounded(part: EvaluationReport | None) -> list[float] | None:
     return None if part is None else [round(value, 4) for value in part.accuracy_by_problem]
 
 
-def problems_of(preset: Preset, own: BuildSource) -> dict[str, dict[str, list[Task]]]:
-    """Validation and test problems of every suite, by its name."""
+def problems_of(
+    suites: Iterable[Suite], preset: Preset, own: BuildSource
+) -> dict[str, dict[str, list[Task]]]:
+    """Validation and test problems of suites, by their names."""
     return {
         suite.name: split_problems(
             suite, own, num_validation=preset.num_validation, num_test=preset.num_test
         )
-        for suite in preset.suites
+        for suite in suites
     }

@@ -13,7 +13,7 @@ from mentor_serve.evaluation.passk import pass_at_k
 from mentor_serve.experiments.arms import MENTOR
 from mentor_serve.experiments.measurement import VALIDATION
 from mentor_serve.experiments.presets import IN_DOMAIN, Preset
-from mentor_serve.experiments.statistics import Estimate, Matrix, estimate, paired
+from mentor_serve.experiments.statistics import Matrix, estimate, paired
 from mentor_serve.experiments.trial_log import TrialLog
 
 GREEDY = "pass@1 (greedy)"
@@ -305,8 +305,3 @@ def _over_updates(runs: Sequence[TrialRecord], name: str) -> dict[str, Any]:
         known = [entry[name] for entry in run.updates if entry[name] is not None]
         means.append(float(np.mean(known)) if known else 0.0)
     return _over_seeds(means)
-
-
-def estimate_from(document: dict[str, Any]) -> Estimate:
-    """An estimate as it was written to JSON."""
-    return Estimate(**{**document, "by_seed": tuple(document["by_seed"])})

@@ -7,11 +7,9 @@ expert reads depends on measured times). A trial that is killed goes on where th
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,7 +115,7 @@ class Measurer:
             ks=self.preset.ks,
         )
         self.store(report, version)
-        self.log.add("evaluation", {**entry_of(report, step=step, split=split), "suite": suite})
+        self.log.add("evaluation", entry_of(report, step=step, suite=suite, split=split))
         self._known.add((step, suite, split))
 
 
@@ -233,12 +231,6 @@ class Trial:
             "expert_tokens": stats.expert_tokens + writer.policy_tokens + writer.prefill_tokens,
             "expert_calls": stats.expert_calls + writer.policy_steps,
         }
-
-
-def discard_state(*directories: Path) -> None:
-    """Delete what a finished trial does not need any more: checkpoints, weights of each version."""
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _difference(after: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -22,14 +23,13 @@ from mentor_serve.errors import ConfigError
 from mentor_serve.experiments.arms import Arm, Variant, arm_named
 from mentor_serve.experiments.lag import LaggingBroadcaster
 from mentor_serve.experiments.measurement import Evaluator, problems_of
-from mentor_serve.experiments.presets import IN_DOMAIN, Preset
+from mentor_serve.experiments.presets import IN_DOMAIN, Preset, Suite
 from mentor_serve.experiments.rounds import RoundCollector
 from mentor_serve.experiments.trial import (
     Measurer,
     Parts,
     Trial,
     TrialPlan,
-    discard_state,
 )
 from mentor_serve.experiments.trial_log import TrialLog
 from mentor_serve.learner import Learner, LearnerConfig
@@ -107,13 +107,14 @@ def run_trial(bench: Bench, plan: TrialPlan) -> None:
         asyncio.run(_run(bench, plan, settings, store, log))
     if plan.arm not in (BASE, EXPERT) and not bench.keep_trajectories:
         _prune(settings)
-    discard_state(settings.checkpoints_dir)
+    # What a trial is resumed from.
+    shutil.rmtree(settings.checkpoints_dir, ignore_errors=True)
 
 
 async def _run(
     bench: Bench, plan: TrialPlan, settings: Settings, store: TrajectoryStore, log: TrialLog
 ) -> None:
-    preset = bench.preset
+    preset, suites = bench.preset, _suites(plan, bench.preset)
     run_id = open_run(settings, store)
     is_trained = plan.arm not in (BASE, EXPERT)
     own = settings.expert.model if plan.arm == EXPERT else settings.policy.model
@@ -138,10 +139,14 @@ async def _run(
                 verifier_pool=pool,
                 max_new_tokens=settings.rollout.max_new_tokens,
             ),
-            problems=problems_of(preset, lambda seed: task_source(settings, seed=seed)),
+            problems=problems_of(
+                {suite.name: suite for suite in (IN_DOMAIN, *suites)}.values(),
+                preset,
+                lambda seed: task_source(settings, seed=seed),
+            ),
             store=store_evaluation,
             log=log,
-            suites=_suites(plan, preset),
+            suites=[suite.name for suite in suites],
         )
         if not log.entries("plan"):
             log.add("plan", _description(plan, settings))
@@ -153,13 +158,13 @@ async def _run(
         await Trial(preset=preset, engine=engine, parts=parts, measurer=measurer, log=log).run()
 
 
-def _suites(plan: TrialPlan, preset: Preset) -> list[str]:
+def _suites(plan: TrialPlan, preset: Preset) -> tuple[Suite, ...]:
     match plan.stage:
         case "sweep":
-            return []
+            return ()
         case "ablation":
-            return [IN_DOMAIN.name]
-    return [suite.name for suite in preset.suites]
+            return (IN_DOMAIN,)
+    return preset.suites
 
 
 def _parts(
