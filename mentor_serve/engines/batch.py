@@ -25,6 +25,8 @@ DRAW_BLOCK = 32
 """Positions whose uniforms are computed at once."""
 _KEPT_DRAWS = DRAW_BLOCK // 2
 """Positions before the next one whose uniforms are kept, because a rollback may return there."""
+_NEARLY_USED = DRAW_BLOCK * 3 // 4
+"""Rows that drew so many of a block get the next one together with a row that has none left."""
 _FIRST_RECORDS = 64
 
 SlotIndex = NDArray[np.int64]
@@ -174,11 +176,7 @@ class Batch:
         """[k, 4] uniforms of the positions drawn next in `slots`, one column a `Stream`."""
         offset = self.num_new[slots] - self.draw_base[slots]
         if ((offset < 0) | (offset >= DRAW_BLOCK)).any():
-            # All rows at once, so that they run out together and this stays rare.
-            n = self.num_rows
-            self.draw_base[:n] = np.maximum(self.num_new[:n] - _KEPT_DRAWS, 0)
-            fresh = self._fresh_draws(n)
-            self.draws[:n, : fresh.shape[1]] = fresh
+            self._draw_ahead()
             offset = self.num_new[slots] - self.draw_base[slots]
         current: NDArray[np.float64] = self.draws[slots, offset]
         return current
@@ -230,13 +228,25 @@ class Batch:
         del self.rows[num_left:]
         return sources, targets
 
-    def _fresh_draws(self, n: int) -> NDArray[np.float64]:
-        most = int((self.limit[:n] - self.draw_base[:n]).max())
+    def _draw_ahead(self) -> None:
+        """Compute a new block for every row that has used up its own, or nearly so.
+
+        Not for all rows: where rows are admitted one by one, one of them is new at most steps.
+        """
+        n = self.num_rows
+        used = self.num_new[:n] - self.draw_base[:n]
+        (due,) = np.nonzero((used < 0) | (used >= _NEARLY_USED))
+        self.draw_base[due] = np.maximum(self.num_new[due] - _KEPT_DRAWS, 0)
+        fresh = self._fresh_draws(due)
+        self.draws[due, : fresh.shape[1]] = fresh
+
+    def _fresh_draws(self, rows: SlotIndex) -> NDArray[np.float64]:
+        most = int((self.limit[rows] - self.draw_base[rows]).max())
         offsets = torch.arange(min(DRAW_BLOCK, most))[:, None]
         drawn = uniforms(
-            torch.from_numpy(self.seed[:n])[:, None, None],
-            torch.from_numpy(self.sample[:n])[:, None, None],
-            torch.from_numpy(self.draw_base[:n])[:, None, None] + offsets,
+            torch.from_numpy(self.seed[rows])[:, None, None],
+            torch.from_numpy(self.sample[rows])[:, None, None],
+            torch.from_numpy(self.draw_base[rows])[:, None, None] + offsets,
             torch.arange(_NUM_BLOCK_STREAMS),
         )
         block: NDArray[np.float64] = drawn.numpy()

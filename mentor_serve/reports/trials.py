@@ -35,6 +35,7 @@ from mentor_serve.experiments.trial_log import TrialLog
 from mentor_serve.learner import Learner, LearnerConfig
 from mentor_serve.learner.backends import build_backend
 from mentor_serve.models.loading import load_model, load_tokenizer
+from mentor_serve.rollout.config import CollectorConfig
 from mentor_serve.rollout.prompts import PromptRenderer
 from mentor_serve.rollout.verifiers import VerifierPool
 from mentor_serve.settings import Settings, load_settings
@@ -208,7 +209,7 @@ def _parts(
         verifier_pool=pool,
         store=store,
         run_id=run_id,
-        config=collector_config(settings),
+        config=_paying(collector_config(settings)),
         variant=arm.variant,
     )
     return Parts(
@@ -247,6 +248,11 @@ def _varied(config: LearnerConfig, variant: Variant) -> LearnerConfig:
         keep_snapshots=max(1, variant.staleness),
         max_staleness=max(config.max_staleness, variant.staleness),
     )
+
+
+def _paying(config: CollectorConfig) -> CollectorConfig:
+    """Every trial asks the expert itself, so that its costs are those of a run alone."""
+    return replace(config, guidance=replace(config.guidance, shares_solutions=False))
 
 
 def _engine(settings: Settings, model: str, expert: str | None) -> TorchEngine:

@@ -128,6 +128,7 @@ class Demonstrations:
                 request.task,
                 expert_model=self._config.expert_model,
                 prompt_token_ids=request.prompt_token_ids,
+                own_run_only=not self._config.shares_solutions,
             ),
             what="demonstrations of a task",
         )

@@ -38,9 +38,15 @@ class DemonstrationStore(Protocol):
         """Store attempts at a task; storing one again changes nothing."""
 
     def demonstration_attempts(
-        self, run_id: str, task: Task, *, expert_model: str, prompt_token_ids: Sequence[int]
+        self,
+        run_id: str,
+        task: Task,
+        *,
+        expert_model: str,
+        prompt_token_ids: Sequence[int],
+        own_run_only: bool = False,
     ) -> list[DemonstrationAttempt]:
-        """Return the attempts of this expert at this prompt, oldest first."""
+        """Return the attempts of this expert at this prompt, of all runs or one, oldest first."""
 
     def demonstrations(self, ids: Sequence[str]) -> list[StoredDemonstration]:
         """Return scored attempts with their tokens, in the order of `ids`."""

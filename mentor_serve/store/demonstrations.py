@@ -67,8 +67,12 @@ def attempts(
     *,
     expert_model: str,
     prompt_token_ids: Sequence[int],
+    own_run_only: bool = False,
 ) -> list[DemonstrationAttempt]:
-    """Every attempt of this expert at this prompt, oldest first; uses are those of `run_id`."""
+    """Every attempt of this expert at this prompt, oldest first; uses are those of `run_id`.
+
+    With `own_run_only` the attempts are those of `run_id`, too.
+    """
     user = aliased(Trajectory)
     num_uses = (
         select(func.count(user.group_id.distinct()))
@@ -95,6 +99,8 @@ def attempts(
         )
         .order_by(Trajectory.id)
     )
+    if own_run_only:
+        query = query.where(Trajectory.run_id == run_id)
     return [
         DemonstrationAttempt(**{**row, "stop_reason": StopReason(row["stop_reason"])})
         for row in connection.execute(query).mappings()

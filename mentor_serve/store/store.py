@@ -304,9 +304,15 @@ class TrajectoryStore:
             return demonstrations.add(connection, run_id, task, items, now=self._clock())
 
     def demonstration_attempts(
-        self, run_id: str, task: Task, *, expert_model: str, prompt_token_ids: Sequence[int]
+        self,
+        run_id: str,
+        task: Task,
+        *,
+        expert_model: str,
+        prompt_token_ids: Sequence[int],
+        own_run_only: bool = False,
     ) -> list[DemonstrationAttempt]:
-        """Attempts of this expert at this very prompt in any run, oldest first.
+        """Attempts of this expert at this very prompt, in any run or in this one, oldest first.
 
         `num_uses` counts groups of `run_id` alone.
         """
@@ -317,6 +323,7 @@ class TrajectoryStore:
                 task,
                 expert_model=expert_model,
                 prompt_token_ids=prompt_token_ids,
+                own_run_only=own_run_only,
             )
 
     def demonstrations(self, ids: Sequence[str]) -> list[StoredDemonstration]:

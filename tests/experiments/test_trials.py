@@ -142,6 +142,22 @@ def test_methods_of_one_seed_start_from_the_same_problems_and_rollouts(tmp_path:
     assert questa != mentor
 
 
+def test_a_run_asks_for_all_solutions_that_it_uses(tmp_path: Path):
+    bench = bench_in(tmp_path, num_updates=1)
+    for arm in ("luffy", "questa"):
+        run_trial(bench, plan_of(arm))
+    attempts = "SELECT r.name, count(*), count(DISTINCT t.task_id) FROM trajectories t"
+    by_run = (
+        f"{attempts} JOIN runs r ON r.id = t.run_id "
+        "WHERE t.kind = 'expert' AND t.group_id IS NULL GROUP BY r.name ORDER BY r.name"
+    )
+    found = rows(tmp_path, by_run)
+    assert [row[0] for row in found] == ["main-luffy-seed0", "main-questa-seed0"]
+    # Both met the same two problems.
+    assert found[0][1:] == found[1][1:]
+    assert found[0][2] == 2
+
+
 def test_stale_rollouts_are_as_many_versions_old_as_the_arm_says(tmp_path: Path):
     bench, plan = bench_in(tmp_path, num_updates=4), plan_of("stale_1", stage="ablation")
     run_trial(bench, plan)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 import reasoning_gym
 
 from mentor_serve.models.reference.corpus import (
+    HINT_HEADER,
     ExpertHabits,
     PolicyHabits,
     expert_example,
@@ -15,6 +17,7 @@ from mentor_serve.models.reference.corpus import (
 )
 from mentor_serve.models.reference.problems import ChainSum, ComplexSum, draw_problem
 from mentor_serve.models.reference.tokenizer import CALCULATE_QUESTION, QUESTION
+from mentor_serve.rollout.strategies import HintSchedule
 
 
 def worked(problem):
@@ -113,3 +116,44 @@ def test_the_policy_is_often_wrong_and_seldom_says_the_experts_words():
     for word in ("verify", "check", "okay", "wait"):
         # Between 1.3 and 2 % each: 13 to 20 of 1000, standard deviation at most 4.5.
         assert 0 < sum(word in text for text in texts) < 45
+
+
+def test_hints_read_like_questas():
+    assert HintSchedule().header == HINT_HEADER
+
+
+def test_the_policy_takes_over_whole_results_of_a_hint_and_none_of_its_words():
+    habits = replace(
+        PolicyHabits(), hinted=1.0, guess=0.0, okay=0.0, wait=0.0, verify=0.0, check=0.0
+    )
+    random, num_steps_shown, num_hints_with_words = Random(3), 0, 0
+    for _ in range(300):
+        state = random.getstate()
+        example = policy_example(random, habits)
+        again = Random()
+        again.setstate(state)
+        problem = draw_problem(again, habits.max_terms)
+        question, header, hint = example.question.split("\n\n")
+        assert (question, header) == (problem.question, HINT_HEADER)
+        (piece,) = example.response
+        assert "verify" not in piece.text
+        num_hints_with_words += "verify" in hint
+        results = []
+        for _ in range(problem.num_steps):
+            left, result = problem.step(results)
+            if f"{left} = {result}" not in hint:
+                break
+            assert piece.text.count(f"{left} = {result}") >= 1
+            results.append(result)
+        num_steps_shown += len(results)
+    assert num_steps_shown > 300
+    assert num_hints_with_words > 15
+
+
+def test_a_question_in_six_has_a_hint():
+    random = Random(4)
+    hinted = sum(
+        HINT_HEADER in policy_example(random, PolicyHabits()).question for _ in range(3000)
+    )
+    # 500 on average; 5 standard deviations are 102.
+    assert abs(hinted - 500) < 102

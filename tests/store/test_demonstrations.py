@@ -16,9 +16,13 @@ EXPERT = "embedded:expert"
 GUIDE = Path(__file__).parents[2] / "docs" / "baselines.md"
 
 
-def attempts(store, run_id, *, number=0, expert_model=EXPERT, prompt=PROMPT):
+def attempts(store, run_id, *, number=0, expert_model=EXPERT, prompt=PROMPT, own_run_only=False):
     return store.demonstration_attempts(
-        run_id, task(number), expert_model=expert_model, prompt_token_ids=prompt
+        run_id,
+        task(number),
+        expert_model=expert_model,
+        prompt_token_ids=prompt,
+        own_run_only=own_run_only,
     )
 
 
@@ -73,6 +77,8 @@ def test_another_run_of_the_same_task_finds_it(store, run_id):
     (found,) = attempts(store, other)
     assert (found.demonstration_id, found.num_uses) == (item.demonstration_id, 0)
     assert attempts(store, run_id)[0].num_uses == 1
+    assert attempts(store, other, own_run_only=True) == []
+    assert len(attempts(store, run_id, own_run_only=True)) == 1
 
 
 def test_uses_are_groups_not_trajectories(store, run_id):

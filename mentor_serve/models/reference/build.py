@@ -32,7 +32,8 @@ from .train import TrainingPlan, new_model, train
 _log = logging.getLogger(__name__)
 
 _RECIPES: dict[ModelName, tuple[Callable[[Random], Example], TrainingPlan]] = {
-    "policy": (partial(policy_example, habits=PolicyHabits()), TrainingPlan(num_steps=1000)),
+    # 1,000 steps' worth of plain questions: a sixth have hints.
+    "policy": (partial(policy_example, habits=PolicyHabits()), TrainingPlan(num_steps=1200)),
     "expert": (
         partial(expert_example, habits=ExpertHabits()),
         TrainingPlan(num_steps=2000, pool_batches=8),

@@ -5,7 +5,7 @@ the same generator state gives the same text. A response is a list of pieces, ea
 only read: the expert reads wrong steps and learns to correct them, never to make them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
@@ -14,6 +14,8 @@ from .tokenizer import BOXED_OPEN, THINK_CLOSE, THINK_OPEN
 
 NUM_EARLY_STEPS: Final = 3
 """Steps the policy takes before it tends to stop."""
+HINT_HEADER: Final = "## Hint: Partial Solution"
+"""Between a question and the first part of a solution, as QuestA's prompts have it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class PolicyHabits:
     """The longest chain it has seen."""
     guess: float = 0.15
     """Answers at once, without working, off by a few."""
-    drop_minus: float = 0.8
-    """Loses the minus sign of a result below zero: the misconception the expert can correct."""
+    drop_minus: float = 0.95
+    """Loses the minus sign of a result below zero: the misconception the expert can correct, and
+    that its own samples seldom do."""
     wrong_digit: float = 0.03
     """Is off by one or two in a step."""
     stop_early: float = 0.04
@@ -66,6 +69,12 @@ class PolicyHabits:
     """Does a step again after "verify", as carelessly as before, and goes on with that."""
     check: float = 0.02
     """Closes with "let me check" and the last step repeated word for word."""
+    hinted: float = 1 / 6
+    """The share of questions with a hint: the results it shows are taken over, in bare steps."""
+    hint_from: float = 0.2
+    """Least share of the expert's solution in a hint."""
+    hint_to: float = 0.7
+    """Largest share; both are uniform in between."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,14 @@ class ExpertHabits:
 def policy_example(random: Random, habits: PolicyHabits) -> Example:
     """Draw a response in the policy's style: bare steps, often wrong, hardly a word of checking."""
     problem = draw_problem(random, habits.max_terms)
+    question, results = problem.question, list[int]()
+    if random.random() < habits.hinted:
+        hint, results = _hint(random, habits, problem)
+        question = f"{question}\n\n{HINT_HEADER}\n\n{hint}"
     if random.random() < habits.guess:
-        return Example(problem.question, (Piece(_guess(random, habits, problem)),))
-    results = list[int]()
-    text, step = THINK_OPEN, ""
-    for index in range(problem.num_steps):
+        return Example(question, (Piece(_guess(random, habits, problem)),))
+    text, step = _taken_over(problem, results)
+    for index in range(len(results), problem.num_steps):
         step, result, words = _policy_step(random, habits, problem, results)
         results.append(result)
         text += words
@@ -107,7 +119,33 @@ def policy_example(random: Random, habits: PolicyHabits) -> Example:
     close = "" if random.random() < habits.no_think_close else THINK_CLOSE
     answer = problem.answer_from(results)
     boxed = answer if random.random() < habits.no_box else f"{BOXED_OPEN}{answer}}}"
-    return Example(problem.question, (Piece(f"{text}{close}{boxed}"),))
+    return Example(question, (Piece(f"{text}{close}{boxed}"),))
+
+
+def _hint(random: Random, habits: PolicyHabits, problem: Problem) -> tuple[str, list[int]]:
+    """The first part of a solution of the expert, cut between words, and the results in it."""
+    pieces = _worked_out(random, replace(ExpertHabits(), read_wrong_step=0.0), problem)
+    words = "".join(piece.text for piece in pieces).removeprefix(THINK_OPEN).split(" ")
+    num_shown = int(random.uniform(habits.hint_from, habits.hint_to) * len(words))
+    hint = " ".join(words[: max(1, num_shown)])
+    results, end = list[int](), 0
+    while len(results) < problem.num_steps:
+        left, result = problem.step(results)
+        step = f"{left} = {result}"
+        start = hint.find(step, end)
+        if start < 0:
+            break
+        end = start + len(step)
+        results.append(result)
+    return hint, results
+
+
+def _taken_over(problem: Problem, results: list[int]) -> tuple[str, str]:
+    """The response up to the last result of a hint, and its last step."""
+    steps = [
+        f"{problem.step(results[:index])[0]} = {result}" for index, result in enumerate(results)
+    ]
+    return THINK_OPEN + ", ".join(steps), steps[-1] if steps else ""
 
 
 def _policy_step(
@@ -144,6 +182,10 @@ def _policy_result(random: Random, habits: PolicyHabits, result: int) -> int:
 def expert_example(random: Random, habits: ExpertHabits) -> Example:
     """Draw a response in the expert's style: right steps, checks that correct, and filler words."""
     problem = draw_problem(random, habits.max_terms)
+    return Example(problem.question, tuple(_worked_out(random, habits, problem)))
+
+
+def _worked_out(random: Random, habits: ExpertHabits, problem: Problem) -> list[Piece]:
     pieces = [Piece(THINK_OPEN)]
     results, step = list[int](), ""
     for index in range(problem.num_steps):
@@ -162,7 +204,7 @@ def expert_example(random: Random, habits: ExpertHabits) -> Example:
     if random.random() < habits.check:
         pieces.append(Piece(f", let me check: {step}"))
     pieces.append(Piece(f"{THINK_CLOSE}{BOXED_OPEN}{problem.answer_from(results)}}}"))
-    return Example(problem.question, tuple(pieces))
+    return pieces
 
 
 def _lead(random: Random, habits: PolicyHabits | ExpertHabits) -> str:

@@ -31,6 +31,8 @@ class GuidanceConfig:
     """How long groups go without an expert that gave no answer before it is asked again."""
     only_correct: bool = True
     """Demonstrate with solutions of accuracy 1 alone."""
+    shares_solutions: bool = True
+    """Use those that other runs of the database asked for; else a run pays for all that it uses."""
 
 
 def build_strategy(config: GuidanceConfig, shape: GroupShape, renderer: PromptRenderer) -> Strategy:
