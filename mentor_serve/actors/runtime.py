@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from typing import Literal
 
 from mentor_serve.errors import ConfigError
@@ -37,12 +38,12 @@ def check_state_directory(settings: Settings) -> None:
         ConfigError: it cannot be made or written.
     """
     home = settings.home.resolve()
-    probe = home / ".write-probe"
     try:
         for directory in (settings.weights_dir, settings.checkpoints_dir, settings.logs_dir):
             directory.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # No name: processes that start together must not remove each other's.
+        with tempfile.TemporaryFile(dir=home):
+            pass
     except OSError as error:
         raise ConfigError(
             f"state directory {home} must be writable, but: {error.strerror} "

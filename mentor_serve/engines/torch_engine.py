@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,23 +30,23 @@ from mentor_serve.engines.assembly import (
     model_of,
     tokenizer_of,
 )
-from mentor_serve.engines.base import EngineStats, ExpertClient, StepOutput
+from mentor_serve.engines.base import ExpertClient, StepOutput
 from mentor_serve.engines.batch import RECORDED, STOP_REASONS, Batch, Ending, Row
 from mentor_serve.engines.drafting import Drafter
 from mentor_serve.engines.expert import ExpertModel
 from mentor_serve.engines.expert_link import ExpertLink
 from mentor_serve.engines.prefill import Prefill
+from mentor_serve.engines.queued import QueuedEngine
 from mentor_serve.engines.run_ahead import RunAhead, RunAheadLimit
-from mentor_serve.engines.scheduler import EngineLimits, Job, Room, Scheduler, check_request
+from mentor_serve.engines.scheduler import EngineLimits, Job, Room
 from mentor_serve.engines.slots.slot_model import SlotModel
-from mentor_serve.engines.stopping import response_text
 from mentor_serve.engines.tails import Tails
 from mentor_serve.engines.weight_swap import check_weights, copy_weights
-from mentor_serve.errors import ConfigError, EngineError, VocabularyMismatch
-from mentor_serve.types import Rollout, RolloutRequest, StopReason, TokenSource
+from mentor_serve.errors import ConfigError, VocabularyMismatch
+from mentor_serve.types import StopReason, TokenSource
 
 
-class TorchEngine:
+class TorchEngine(QueuedEngine):
     """A policy, and optionally an expert beside it, that generate (`engines.base.Engine`).
 
     Args:
@@ -89,11 +88,19 @@ class TorchEngine:
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         model = model_of(policy, device=device, dtype=dtype)
-        self._tokenizer = tokenizer_of(policy, tokenizer)
-        self._max_model_len = context_length(model, max_model_len)
+        max_model_len = context_length(model, max_model_len)
         num_slots = max_batch_size + max(1, max_batch_size // 8)
-        self._stats = EngineStats()
-        self._policy = SlotModel(model, max_slots=num_slots, max_tokens=self._max_model_len)
+        self._policy = SlotModel(model, max_slots=num_slots, max_tokens=max_model_len)
+        tokenizer = tokenizer_of(policy, tokenizer)
+        super().__init__(
+            limits=EngineLimits(
+                vocab_size=self._policy.vocab_size,
+                max_model_len=max_model_len,
+                has_expert=expert is not None,
+                has_tokenizer=tokenizer is not None,
+            ),
+            tokenizer=tokenizer,
+        )
         self._batch = Batch(num_slots)
         self._tails = Tails(num_slots)
         self._decoding = Decoding(
@@ -114,13 +121,11 @@ class TorchEngine:
             beside = self._beside(model_of(expert, device=device, dtype=dtype), num_slots)
             self._advisor = ColocatedAdvisor(self._decoding, beside)
             expert_slots = beside.slots
-        is_eos = eos_table(
-            model, self._tokenizer, eos_token_ids, vocab_size=self._policy.vocab_size
-        )
+        is_eos = eos_table(model, tokenizer, eos_token_ids, vocab_size=self._policy.vocab_size)
         self._drafter = Drafter(
             self._decoding,
             is_eos=is_eos,
-            tokenizer=self._tokenizer,
+            tokenizer=tokenizer,
             has_expert=self._advisor is not None,
         )
         self._prefill = Prefill(self._policy, self._batch, self._stats)
@@ -129,18 +134,13 @@ class TorchEngine:
             self._caches,
             num_slots=max_batch_size,
             num_priority_slots=num_slots - max_batch_size,
-            max_model_len=self._max_model_len,
+            max_model_len=max_model_len,
             kv_cache_gib=kv_cache_gib,
         )
         self._reserved = (0, 0)
-        self._scheduler = Scheduler()
-        self._jobs: dict[int, Job] = {}
-        self._cancelled: list[int] = []
-        self._next_request_id = 0
         # Unique among engines, because several may share one remote expert.
         self._next_sequence_id = secrets.randbits(30) << 32
         self._version = 0
-        self._step_lock = threading.Lock()
         self._weights_lock = threading.Lock()
         self._pending_weights: tuple[dict[str, Tensor], int] | None = None
 
@@ -149,26 +149,6 @@ class TorchEngine:
         """Version of the weights that the next decode step uses."""
         pending = self._pending_weights
         return self._version if pending is None else pending[1]
-
-    @property
-    def stats(self) -> EngineStats:
-        """Live counters."""
-        return self._stats
-
-    @property
-    def max_model_len(self) -> int:
-        """Largest prompt plus response, in tokens."""
-        return self._max_model_len
-
-    @property
-    def has_expert(self) -> bool:
-        """Mixed requests can be served."""
-        return self._advisor is not None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer, or None."""
-        return self._tokenizer
 
     @property
     def policy_model(self) -> Any:
@@ -184,51 +164,6 @@ class TorchEngine:
     def num_waiting(self) -> int:
         """Rollouts that wait for a slot."""
         return len(self._scheduler)
-
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[list[Rollout]]:
-        """Run requests to their end: one list per request with `num_samples` rollouts each.
-
-        Raises:
-            InvalidRequest: one of the requests could never be served; none was started.
-            EngineError: submitted requests are unfinished; their outputs would be lost.
-        """
-        if self.has_unfinished():
-            raise EngineError("generate: expected an idle engine; use submit and step, or wait")
-        for request in requests:
-            check_request(request, self._limits())
-        ids = [self.submit(request) for request in requests]
-        done: dict[int, dict[int, Rollout]] = {request_id: {} for request_id in ids}
-        while self.has_unfinished():
-            for output in self.step():
-                if output.finished is not None:
-                    done[output.request_id][output.sample_index] = output.finished
-        return [[done[request_id][i] for i in sorted(done[request_id])] for request_id in ids]
-
-    def submit(self, request: RolloutRequest) -> int:
-        """Queue a request and return its id. Raises `InvalidRequest` if it can never be served."""
-        check_request(request, self._limits())
-        request_id = self._next_request_id
-        self._next_request_id += 1
-        prompt = tuple(int(token) for token in request.prompt_token_ids)
-        room = self._max_model_len - len(prompt)
-        job = Job(
-            request_id=request_id,
-            request=request,
-            prompt=prompt,
-            max_new_tokens=min(request.sampling.max_new_tokens, room),
-        )
-        self._jobs[request_id] = job
-        self._scheduler.add(job)
-        return request_id
-
-    def cancel(self, request_id: int) -> None:
-        """End a request in the next step; finished or unknown ones are left alone."""
-        if request_id in self._jobs and request_id not in self._cancelled:
-            self._cancelled.append(request_id)
-
-    def has_unfinished(self) -> bool:
-        """Some submitted rollout has not been handed back."""
-        return bool(self._jobs)
 
     def load_weights(self, state_dict: Mapping[str, Tensor], *, version: int) -> None:
         """Replace the policy's weights between two decode steps; running rollouts go on.
@@ -391,30 +326,19 @@ class TorchEngine:
         return outputs
 
     def _output(self, row: Row, recorded: dict[str, Any], reason: StopReason) -> StepOutput:
-        job, sampling = row.job, row.job.request.sampling
-        tokens = recorded["token_ids"]
-        text = None
-        if self._tokenizer is not None:
-            text = response_text(tokens, sampling, self._tokenizer, reason)
-        rollout = Rollout(
-            **recorded,
-            stop_reason=reason,
-            text=text,
-            interventions=row.interventions,
-            top_logprobs=row.top_logprobs[: len(tokens)] if sampling.top_logprobs else None,
-            prompt_logprobs=job.prompt_logprobs,
-            prompt_top_logprobs=job.prompt_top_logprobs,
-            latency_s=time.perf_counter() - job.submitted_at,
-            expert_lost=row.expert_lost,
-        )
-        job.num_open -= 1
-        if job.num_open == 0:
-            del self._jobs[job.request_id]
+        num_tokens = len(recorded["token_ids"])
         return StepOutput(
-            request_id=job.request_id,
+            request_id=row.job.request_id,
             sample_index=row.sample_index,
-            num_tokens=len(tokens),
-            finished=rollout,
+            num_tokens=num_tokens,
+            finished=self._rollout(
+                row.job,
+                recorded,
+                reason,
+                interventions=row.interventions,
+                top_logprobs=row.top_logprobs[:num_tokens],
+                expert_lost=row.expert_lost,
+            ),
         )
 
     def _withdrawn(self, job: Job, sample: int) -> StepOutput:
@@ -422,21 +346,13 @@ class TorchEngine:
         return self._output(self._row(job, sample), nothing, StopReason.CANCELLED)
 
     def _beside(self, model: Any, num_slots: int) -> ExpertModel:
-        expert = ExpertModel(model, max_slots=num_slots, max_tokens=self._max_model_len)
+        expert = ExpertModel(model, max_slots=num_slots, max_tokens=self.max_model_len)
         if expert.slots.vocab_size != self._policy.vocab_size:
             raise VocabularyMismatch(
                 f"expected policy and expert of one vocabulary, got {self._policy.vocab_size} and "
                 f"{expert.slots.vocab_size} tokens"
             )
         return expert
-
-    def _limits(self) -> EngineLimits:
-        return EngineLimits(
-            vocab_size=self._policy.vocab_size,
-            max_model_len=self._max_model_len,
-            has_expert=self.has_expert,
-            has_tokenizer=self._tokenizer is not None,
-        )
 
 
 def _room(

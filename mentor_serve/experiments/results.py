@@ -257,6 +257,8 @@ def _costs(runs: Sequence[TrialRecord]) -> dict[str, Any]:
     }
     return {
         **{name: _over_seeds(values) for name, values in costs.items()},
+        "mean_weight": _over_updates(runs, "mean_weight"),
+        "gated_share": _over_updates(runs, "gated_share"),
         "seconds_to_validation": reached,
     }
 
@@ -289,6 +291,7 @@ def _ablations(trials: Sequence[TrialRecord], preset: Preset) -> dict[str, Any]:
                 for name in (GREEDY, f"avg@{preset.num_samples}", f"pass@{preset.num_samples}")
             },
             "mean_weight": _over_updates(runs, "mean_weight"),
+            "gated_share": _over_updates(runs, "gated_share"),
             "intervention_rate": _over_updates(runs, "intervention_rate"),
             "entropy_at_end": _over_seeds(
                 [float(np.mean([one["entropy"] for one in run.updates[-_LAST:]])) for run in runs]
@@ -298,10 +301,7 @@ def _ablations(trials: Sequence[TrialRecord], preset: Preset) -> dict[str, Any]:
     return rows
 
 
-def _over_updates(runs: Sequence[TrialRecord], name: str) -> dict[str, Any]:
-    """Mean over all updates of a run that have the number, then over seeds."""
-    means = []
-    for run in runs:
-        known = [entry[name] for entry in run.updates if entry[name] is not None]
-        means.append(float(np.mean(known)) if known else 0.0)
-    return _over_seeds(means)
+def _over_updates(runs: Sequence[TrialRecord], name: str) -> dict[str, Any] | None:
+    """Mean over all updates of a run that have the number, then over seeds; None: none has it."""
+    known = [[entry[name] for entry in run.updates if entry[name] is not None] for run in runs]
+    return _over_seeds([float(np.mean(of_run)) for of_run in known]) if all(known) else None

@@ -133,12 +133,15 @@ def _costs(results: dict[str, Any]) -> str:
                 label_of(arm),
                 _number(costs["rollouts_per_s"], 0),
                 _number(costs["expert_tokens_per_token"], 2),
+                _number(costs["mean_weight"], 2),
+                _number(costs["gated_share"], 2),
                 _number(costs["collect_s"], 2),
                 _number(costs["update_s"], 2),
                 *(_seconds(costs["seconds_to_validation"][one]) for one in thresholds),
             ]
         )
-    header = ["", "rollouts/s", "expert tokens a token", "collecting, s", "update, s"]
+    header = ["", "rollouts/s", "expert tokens a token", "mean w", "gated"]
+    header += ["collecting, s", "update, s"]
     header += [f"s to {float(one):.0%}" for one in thresholds]
     return _table(header, rows)
 
@@ -178,6 +181,7 @@ def _ablations(results: dict[str, Any]) -> str:
                 ),
                 _number(row["entropy_at_end"], 3),
                 _number(row["mean_weight"], 2),
+                _number(row["gated_share"], 2),
                 _number(row["intervention_rate"], 3),
                 _number(row["expert_tokens_per_token"], 2),
             ]
@@ -185,7 +189,8 @@ def _ablations(results: dict[str, Any]) -> str:
     if len(rows) < 2:
         return ""
     measures = [f"{name} (p)" for name in next(iter(results["ablations"].values()))["difference"]]
-    header = ["", *measures, "entropy at the end", "mean w", "replaced", "expert tokens a token"]
+    header = ["", *measures, "entropy at the end", "mean w", "gated", "replaced"]
+    header.append("expert tokens a token")
     return _table(header, rows)
 
 
@@ -204,7 +209,9 @@ def _points(estimate: dict[str, Any]) -> str:
     return f"{100 * estimate['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _number(estimate: dict[str, Any], digits: int) -> str:
+def _number(estimate: dict[str, Any] | None, digits: int) -> str:
+    if estimate is None:
+        return "-"
     low, high = estimate["low"], estimate["high"]
     return f"{estimate['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 

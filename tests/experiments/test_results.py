@@ -57,6 +57,7 @@ def write_trial(
                 "mean_reward_on_policy": 0.5,
                 "mean_reward_mixed": None,
                 "mean_weight": 0.25 if step == 2 else None,
+                "gated_share": 0.3 if arm == "mentor" else None,
                 "intervention_rate": 0.1,
                 "words_on_policy": {"verify": 0.02 * step},
                 "num_rollouts": 24,
@@ -117,6 +118,8 @@ def test_numbers_of_a_comparison(directory: Path):
     assert row["p_value"] is None  # equal differences
 
     costs = results["costs"]["mentor"]
+    assert costs["gated_share"]["value"] == pytest.approx(0.3)
+    assert results["costs"]["luffy"]["gated_share"] is None
     assert costs["rollouts_per_s"]["value"] == 12.0
     assert costs["expert_tokens_per_token"]["value"] == 0.5
     # Reached at the evaluation after update 2: two updates of 2 + 2 seconds.
@@ -183,6 +186,10 @@ def test_tables_and_figures_show_every_arm(directory: Path, tmp_path: Path):
     assert "| MENTOR | 62.5 | **75.0** |" not in tables["sweep"]
     assert "| MENTOR | 50.0 | **62.5** |" in tables["sweep"]
     assert "never" in tables["costs"]
+    assert (
+        "| On-policy RL | 24 [24, 24] | 0.50 [0.50, 0.50] | 0.25 [0.25, 0.25] | - |"
+        in (tables["costs"])
+    )
     assert "| MENTOR | 3.0 -> 3.0 [3.0, 3.0] |" in tables["words"]
 
     pictures = write_figures(results, tmp_path / "figures")

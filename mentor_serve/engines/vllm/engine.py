@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from mentor_serve.engines.assembly import eos_table, tokenizer_of
-from mentor_serve.engines.base import EngineStats, StepOutput
-from mentor_serve.engines.scheduler import EngineLimits, Job, Room, Scheduler, check_request
-from mentor_serve.engines.stopping import response_text
+from mentor_serve.engines.base import StepOutput
+from mentor_serve.engines.queued import QueuedEngine
+from mentor_serve.engines.scheduler import EngineLimits, Room
 from mentor_serve.engines.vllm.cores import (
     Core,
     CoreOptions,
@@ -34,7 +32,7 @@ from mentor_serve.engines.vllm.rows import RowSampling, StepRecords
 from mentor_serve.engines.vllm.samples import Sample
 from mentor_serve.engines.vllm.scores import prompt_scores
 from mentor_serve.engines.weight_swap import check_weights
-from mentor_serve.errors import EngineError, InvalidRequest
+from mentor_serve.errors import InvalidRequest
 from mentor_serve.types import Rollout, RolloutRequest, StopReason, TokenSource
 
 _NEVER = 2.0**-53
@@ -43,7 +41,7 @@ _KEYS = itertools.count(1)
 """Names of rows, unique among the engines of a process, which may share cores."""
 
 
-class VllmEngine:
+class VllmEngine(QueuedEngine):
     """A policy, and optionally an expert beside it, that generate (`engines.base.Engine`).
 
     Args:
@@ -63,21 +61,23 @@ class VllmEngine:
         max_batch_size: int | None = None,
         max_model_len: int | None = None,
     ) -> None:
+        max_model_len = max_model_len or cores.options.max_model_len
+        vocab_size = int(cores.model.config.vocab_size)
+        super().__init__(
+            limits=EngineLimits(
+                vocab_size=vocab_size,
+                max_model_len=max_model_len,
+                has_expert=cores.mixed is not None,
+                has_tokenizer=tokenizer is not None,
+            ),
+            tokenizer=tokenizer,
+        )
         self._cores = cores
-        self._tokenizer = tokenizer
-        self._max_model_len = max_model_len or cores.options.max_model_len
-        self._vocab_size = int(cores.model.config.vocab_size)
-        self._is_eos = eos_table(cores.model, tokenizer, eos_token_ids, vocab_size=self._vocab_size)
-        self._room = _room(max_batch_size or cores.options.max_batch_size, self._max_model_len)
-        self._scheduler = Scheduler()
-        self._jobs: dict[int, Job] = {}
+        self._is_eos = eos_table(cores.model, tokenizer, eos_token_ids, vocab_size=vocab_size)
+        self._room = _room(max_batch_size or cores.options.max_batch_size, max_model_len)
         self._running: dict[int, Sample] = {}
-        self._cancelled: list[int] = []
-        self._next_request_id = 0
         self._version = 0
         self._num_submitted_again = 0
-        self._stats = EngineStats()
-        self._step_lock = threading.Lock()
 
     @classmethod
     def start(
@@ -104,74 +104,9 @@ class VllmEngine:
         return self._version
 
     @property
-    def stats(self) -> EngineStats:
-        """Live counters."""
-        return self._stats
-
-    @property
-    def max_model_len(self) -> int:
-        """Largest prompt plus response, in tokens."""
-        return self._max_model_len
-
-    @property
-    def has_expert(self) -> bool:
-        """Mixed requests can be served."""
-        return self._cores.mixed is not None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer, or None."""
-        return self._tokenizer
-
-    @property
     def num_submitted_again(self) -> int:
         """How often a mixed row was begun anew from the tokens it had."""
         return self._num_submitted_again
-
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[list[Rollout]]:
-        """Run requests to their end: one list per request with `num_samples` rollouts each.
-
-        Raises:
-            InvalidRequest: one of the requests could never be served; none was started.
-            EngineError: submitted requests are unfinished; their outputs would be lost.
-        """
-        if self.has_unfinished():
-            raise EngineError("generate: expected an idle engine; use submit and step, or wait")
-        for request in requests:
-            self._check(request)
-        ids = [self.submit(request) for request in requests]
-        done: dict[int, dict[int, Rollout]] = {request_id: {} for request_id in ids}
-        while self.has_unfinished():
-            for output in self.step():
-                if output.finished is not None:
-                    done[output.request_id][output.sample_index] = output.finished
-        return [[done[request_id][i] for i in sorted(done[request_id])] for request_id in ids]
-
-    def submit(self, request: RolloutRequest) -> int:
-        """Queue a request and return its id. Raises `InvalidRequest` if it can never be served."""
-        self._check(request)
-        request_id = self._next_request_id
-        self._next_request_id += 1
-        prompt = tuple(int(token) for token in request.prompt_token_ids)
-        room = self._max_model_len - len(prompt)
-        job = Job(
-            request_id=request_id,
-            request=request,
-            prompt=prompt,
-            max_new_tokens=min(request.sampling.max_new_tokens, room),
-        )
-        self._jobs[request_id] = job
-        self._scheduler.add(job)
-        return request_id
-
-    def cancel(self, request_id: int) -> None:
-        """End a request in the next step; finished or unknown ones are left alone."""
-        if request_id in self._jobs and request_id not in self._cancelled:
-            self._cancelled.append(request_id)
-
-    def has_unfinished(self) -> bool:
-        """Some submitted rollout has not been handed back."""
-        return bool(self._jobs)
 
     def load_weights(self, state_dict: Mapping[str, Tensor], *, version: int) -> None:
         """Replace the policy's weights between two decode steps; running rollouts go on.
@@ -213,15 +148,7 @@ class VllmEngine:
                 core.close()
 
     def _check(self, request: RolloutRequest) -> None:
-        check_request(
-            request,
-            EngineLimits(
-                vocab_size=self._vocab_size,
-                max_model_len=self._max_model_len,
-                has_expert=self.has_expert,
-                has_tokenizer=self._tokenizer is not None,
-            ),
-        )
+        super()._check(request)
         if request.prompt_logprobs and request.sampling.temperature not in (0.0, 1.0):
             raise InvalidRequest(
                 "prompt_logprobs: the vLLM engine scores prompts at temperature 1 only, got "
@@ -247,7 +174,7 @@ class VllmEngine:
 
     def _core(self, request: RolloutRequest) -> Core:
         """The expert's where the weight can exceed `_NEVER`: the entropy is at most log V."""
-        asks = request.record_mixed or request.gamma * _NEVER < math.log(self._vocab_size)
+        asks = request.record_mixed or request.gamma * _NEVER < math.log(self._limits.vocab_size)
         mixed = self._cores.mixed
         return mixed if request.mixed and asks and mixed is not None else self._cores.policy
 
@@ -369,24 +296,13 @@ class VllmEngine:
         )
 
     def _finish(self, sample: Sample, reason: StopReason) -> Rollout:
-        job, sampling = sample.job, sample.job.request.sampling
-        recorded: dict[str, Any] = sample.recorded()
-        text = None
-        if self._tokenizer is not None:
-            text = response_text(recorded["token_ids"], sampling, self._tokenizer, reason)
         self._running.pop(sample.key, None)
-        job.num_open -= 1
-        if job.num_open == 0:
-            del self._jobs[job.request_id]
-        return Rollout(
-            **recorded,
-            stop_reason=reason,
-            text=text,
+        return self._rollout(
+            sample.job,
+            sample.recorded(),
+            reason,
             interventions=sample.interventions,
-            top_logprobs=sample.top_logprobs if sampling.top_logprobs else None,
-            prompt_logprobs=job.prompt_logprobs,
-            prompt_top_logprobs=job.prompt_top_logprobs,
-            latency_s=time.perf_counter() - job.submitted_at,
+            top_logprobs=sample.top_logprobs,
         )
 
 
