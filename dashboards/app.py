@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from mentor_dashboard.pages import guidance, learner, overview, trajectories
+from mentor_dashboard.pages import experiments, guidance, learner, overview, trajectories
 
 st.set_page_config(
     page_title="mentor-serve", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide"
@@ -24,6 +24,9 @@ st.navigation(
             title="Trajectories",
             icon=":material/notes:",
             url_path="trajectories",
+        ),
+        st.Page(
+            experiments.page, title="Experiments", icon=":material/science:", url_path="experiments"
         ),
     ]
 ).run()

@@ -96,7 +96,7 @@ def lines(
         ).encode(y=line_y)
     )
     layers.append(_hover(base, x=x, y=y))
-    return _titled(alt.layer(*layers), title=title, subtitle=subtitle, height=height)
+    return titled(alt.layer(*layers), title=title, subtitle=subtitle, height=height)
 
 
 def line_with_band(
@@ -133,7 +133,7 @@ def line_with_band(
             alt.Tooltip("num_trajectories:Q", title="rollouts", format=",d"),
         ],
     )
-    return _titled(alt.layer(area, line, hover), title=title, subtitle=subtitle, height=HEIGHT)
+    return titled(alt.layer(area, line, hover), title=title, subtitle=subtitle, height=HEIGHT)
 
 
 def bars(
@@ -173,7 +173,7 @@ def bars(
         text=alt.Text(f"{value.column}:Q", format=value.format)
     )
     layers = alt.layer(base.mark_bar(cornerRadius=2).encode(color=tint), numbers)
-    return _titled(layers, title=title, subtitle=subtitle, height=HEIGHT)
+    return titled(layers, title=title, subtitle=subtitle, height=HEIGHT)
 
 
 def throughput(rows: Rows) -> alt.Chart | None:
@@ -197,7 +197,7 @@ def throughput(rows: Rows) -> alt.Chart | None:
             ],
         )
     )
-    return _titled(chart, title="Groups collected per minute", subtitle=None, height=HEIGHT)
+    return titled(chart, title="Groups collected per minute", subtitle=None, height=HEIGHT)
 
 
 def token_entropies(rows: Rows, *, gamma: float | None) -> alt.Chart | None:
@@ -252,7 +252,7 @@ def token_entropies(rows: Rows, *, gamma: float | None) -> alt.Chart | None:
             )
         )
     subtitle = "dashed: gamma, where the expert is always consulted" if len(layers) > 1 else None
-    return _titled(
+    return titled(
         alt.layer(*layers), title="Entropy along the response", subtitle=subtitle, height=220
     )
 
@@ -324,7 +324,7 @@ def _hover(base: alt.Chart, *, x: Axis, y: Axis) -> alt.Chart:
     )
 
 
-def _titled(chart: Any, *, title: str, subtitle: str | None, height: int) -> alt.Chart:
+def titled(chart: Any, *, title: str, subtitle: str | None, height: int) -> alt.Chart:
     params: dict[str, Any] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 8}
     if subtitle:
         params |= {"subtitle": subtitle, "subtitleColor": palette.NEUTRAL}

@@ -44,3 +44,46 @@ SOURCE_LABELS = {
     TokenSource.GATED_KEPT: "gated, kept",
     TokenSource.EXPERT: "replaced by the expert",
 }
+
+METHOD_COLOURS = {
+    "base": "#8c8c8c",
+    "on_policy": "#4c72b0",
+    "luffy": "#dd8452",
+    "questa": "#937860",
+    "mentor": "#c44e52",
+    "expert": "#2f2f2f",
+}
+"""Ways to train, as in the figures of `mentor-serve compare` (which need matplotlib)."""
+METHOD_COLOURS_ON_DARK = METHOD_COLOURS | {"expert": "#d9d9d9"}
+OTHER_COLOURS = (
+    "#3f9b57",
+    "#7b6bb5",
+    "#2e9db8",
+    "#b8962e",
+    "#c765a5",
+    "#6b8e23",
+    "#5b4a9e",
+    "#0f7f78",
+    "#e0708c",
+    "#9a6b2f",
+    "#7c9cc9",
+    "#a83f86",
+    "#5f7d4f",
+)
+"""Runs that are told apart by something else than their method."""
+
+
+def shades(colour: str, count: int) -> list[str]:
+    """`count` shades of one colour, from light to dark; the colour itself where one is enough."""
+    if count == 1:
+        return [colour]
+    # From half way to white, to a third of the way to black.
+    strengths = [0.5 - 0.85 * index / (count - 1) for index in range(count)]
+    return [_mixed(colour, strength) for strength in strengths]
+
+
+def _mixed(colour: str, strength: float) -> str:
+    """Towards white where `strength` is above 0, towards black below."""
+    target = 255 if strength > 0 else 0
+    parts = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#" + "".join(f"{round(part + (target - part) * abs(strength)):02x}" for part in parts)

@@ -1,14 +1,15 @@
 """What all pages share: run selector, pause switch, self-refresh, and words for a missing database.
 
-A page hands its body to `live_page`. The body is drawn in a fragment that runs again by itself;
-when the database is missing, behind or locked, the page says what to run and looks again every
-few seconds until it can be read.
+A page hands its body to `live_page`, or to `live_selection` with widgets of its own that choose
+what it is about. The body is drawn in a fragment that runs again by itself; when the database is
+missing, behind or locked, the page says what to run and looks again every few seconds until it can
+be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import altair as alt
 import streamlit as st
@@ -25,10 +26,26 @@ _STYLE = "<style>.stMainBlockContainer { padding: 2.75rem 2.5rem 3rem; }</style>
 """The charts matter more than Streamlit's six empty lines above them."""
 
 Run = Mapping[str, Any]
+Chosen = TypeVar("Chosen")
 
 
 def live_page(title: str, body: Callable[[Run], None], *, intro: str) -> None:
-    """Draw `body` for the chosen run, now and at every refresh."""
+    """Draw `body` for the run that is chosen in the sidebar, now and at every refresh."""
+    live_selection(title, body, intro=intro, choose=_one_run)
+
+
+def live_selection(
+    title: str,
+    body: Callable[[Chosen], None],
+    *,
+    intro: str,
+    choose: Callable[[list[dict[str, Any]]], Chosen],
+) -> None:
+    """Draw `body` for what `choose` makes of the runs, now and at every refresh.
+
+    `choose` draws its widgets and is called anew when they change or a run appears, not at every
+    refresh.
+    """
     st.html(_STYLE)
     st.header(title, anchor=False)
     st.caption(intro)
@@ -39,8 +56,8 @@ def live_page(title: str, body: Callable[[Run], None], *, intro: str) -> None:
     if not runs:
         _wait()
         return
-    run, every_s = _controls(runs)
-    _live(run, body, every_s=every_s, num_runs=len(runs))
+    chosen = choose(runs)
+    _live(chosen, body, every_s=_refresh_interval_s(), num_runs=len(runs))
 
 
 def panel(chart: alt.Chart | None, *, empty: str) -> None:
@@ -52,12 +69,16 @@ def panel(chart: alt.Chart | None, *, empty: str) -> None:
             st.altair_chart(chart, width="stretch")
 
 
-def _controls(runs: list[dict[str, Any]]) -> tuple[Run, float | None]:
+def _one_run(runs: list[dict[str, Any]]) -> Run:
     names = [run["name"] for run in runs]
+    name = st.sidebar.selectbox(
+        "Run", names, key="run", bind="query-params", help="Most recently active first."
+    )
+    return runs[names.index(name)] if name in names else runs[0]
+
+
+def _refresh_interval_s() -> float | None:
     with st.sidebar:
-        name = st.selectbox(
-            "Run", names, key="run", bind="query-params", help="Most recently active first."
-        )
         live = st.toggle(
             "Refresh by itself",
             value=True,
@@ -75,17 +96,18 @@ def _controls(runs: list[dict[str, Any]]) -> tuple[Run, float | None]:
             disabled=not live,
             required=True,
         )
-    run = runs[names.index(name)] if name in names else runs[0]
-    return run, float(interval_s or INTERVALS_S[1]) if live else None
+    return float(interval_s or INTERVALS_S[1]) if live else None
 
 
-def _live(run: Run, body: Callable[[Run], None], *, every_s: float | None, num_runs: int) -> None:
+def _live(
+    chosen: Chosen, body: Callable[[Chosen], None], *, every_s: float | None, num_runs: int
+) -> None:
     @st.fragment(run_every=every_s)
     def draw() -> None:
         try:
             if len(read(StatsReader.runs)) != num_runs:
                 st.rerun()  # the selector lies outside this fragment
-            body(run)
+            body(chosen)
         except StoreError as error:
             st.warning(f"The trajectory store did not answer: {error}", icon=":material/database:")
 

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import streamlit as st
 
 from mentor_serve.settings import Settings, load_settings
-from mentor_serve.store.stats import StatsReader
+from mentor_serve.store.experiment_stats import ExperimentReader
 
 CACHE_S = 1.5
 """Below the shortest refresh interval, so that every refresh shows new rows."""
@@ -30,9 +30,9 @@ def settings() -> Settings:
 
 
 def read(
-    query: Callable[Concatenate[StatsReader, P], T], *args: P.args, **parameters: P.kwargs
+    query: Callable[Concatenate[ExperimentReader, P], T], *args: P.args, **parameters: P.kwargs
 ) -> T:
-    """Run one of `StatsReader`'s methods on the configured database.
+    """Run one of the methods of `StatsReader` or `ExperimentReader` on the configured database.
 
     Raises:
         StoreError: the database cannot be opened, is behind, or did not answer in time.
@@ -48,5 +48,5 @@ def _cached(url: str, query: str, args: Any, parameters: Any) -> Any:
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def _reader(url: str) -> StatsReader:
-    return StatsReader(url, timeout_s=TIMEOUT_S)
+def _reader(url: str) -> ExperimentReader:
+    return ExperimentReader(url, timeout_s=TIMEOUT_S)

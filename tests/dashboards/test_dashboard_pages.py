@@ -15,6 +15,8 @@ from mentor_serve.store import models
 from mentor_serve.types import TokenSource
 
 PAGES = ("overview", "guidance", "learner", "trajectories")
+"""Of one run, which is chosen in the sidebar."""
+ALL_PAGES = (*PAGES, "experiments")
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
 
 
@@ -37,7 +39,7 @@ def metrics(app: AppTest) -> dict[str, str]:
     return {metric.label: metric.value for metric in app.metric}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", ALL_PAGES)
 def test_a_missing_database_names_the_command_and_the_place(name: str, home: Path) -> None:
     app = open_page(name)
     assert "found none" in app.info[0].value
@@ -46,14 +48,14 @@ def test_a_missing_database_names_the_command_and_the_place(name: str, home: Pat
     assert not (home / "mentor.db").exists()
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", ALL_PAGES)
 @pytest.mark.usefixtures("empty_url")
 def test_an_empty_store_waits_for_a_run(name: str) -> None:
     app = open_page(name)
     assert "no run yet" in app.info[0].value
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", ALL_PAGES)
 def test_a_store_that_is_behind_names_the_upgrade(name: str, home: Path) -> None:
     connection = sqlite3.connect(home / "mentor.db")
     connection.execute("CREATE TABLE runs (id TEXT)")

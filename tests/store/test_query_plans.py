@@ -14,8 +14,8 @@ import question_samples
 from sqlalchemy import event
 
 from mentor_serve.store import upgrade
+from mentor_serve.store.experiment_stats import ExperimentReader
 from mentor_serve.store.models import Base
-from mentor_serve.store.stats import StatsReader
 from mentor_serve.types import TrajectoryKind
 
 GUIDE = Path(__file__).parents[2] / "docs" / "sql.md"
@@ -37,6 +37,10 @@ QUERIES = {
     "replacements": lambda reader: reader.replacements(RUN),
     "events": lambda reader: reader.events(RUN),
     "evaluations": lambda reader: reader.evaluations(RUN),
+    "methods": lambda reader: reader.methods([RUN]),
+    "update_curves": lambda reader: reader.update_curves([RUN]),
+    "greedy_curves": lambda reader: reader.greedy_curves([RUN]),
+    "final_measures": lambda reader: reader.final_measures([RUN]),
 }
 
 
@@ -47,7 +51,7 @@ def plan(tmp_path):
     url = f"sqlite:///{path}"
     upgrade(url)
     question_samples.write_everything(url)
-    reader = StatsReader(url)
+    reader = ExperimentReader(url)
     sent = []
     event.listen(reader._engine, "before_cursor_execute", lambda _1, _2, *one: sent.append(one[:2]))
 
