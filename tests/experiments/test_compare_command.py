@@ -49,6 +49,10 @@ def test_every_method_learns_and_directions_are_those_of_the_paper(results: dict
         assert average(method) > average("base") + 0.02, method
         solved = in_domain[method]["pass@8"]["value"]
         assert solved > in_domain["base"]["pass@8"]["value"] + 0.05, method
+    # ... and the expert's tokens keep the policy from becoming sure of what it does already.
+    assert average("mentor") > average("on_policy") + 0.05
+    entropies = {arm: of_arm["mean_entropy"]["value"] for arm, of_arm in behaviour.items()}
+    assert entropies["mentor"] > 1.5 * entropies["on_policy"]
     # The expert says "verify" often, the policy hardly ever.
     assert behaviour["expert"]["word_share:verify"]["value"] > 0.05
     assert behaviour["base"]["word_share:verify"]["value"] < 0.03
