@@ -89,8 +89,15 @@ def _draw_curves(curves: dict[str, Any]) -> Figure:
             one.fill_between(steps, lows, highs, color=COLOURS[arm], alpha=0.15, linewidth=0)
         one.set_title(title, fontsize=9)
         one.set_xlabel("updates")
-    axes[0].legend(frameon=False, fontsize=8)
+    _legend_outside(figure, axes[0], "outside upper left")
     return figure
+
+
+def _legend_outside(figure: Figure, axis: Any, place: str) -> None:
+    """A legend that hides no line: a row above, or a column at the right."""
+    handles, labels = axis.get_legend_handles_labels()
+    ncols = len(labels) if "upper" in place else 1
+    figure.legend(handles, labels, loc=place, ncols=ncols, frameon=False, fontsize=8)
 
 
 def _words(results: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +164,7 @@ def _bar_groups(axis: Any, groups: dict[str, Any], labels: list[str]) -> None:
 
 
 def _draw_pass_at_k(accuracy: dict[str, Any]) -> Figure:
-    figure, (axis,) = _figure(1, width=4.0)
+    figure, (axis,) = _figure(1, width=5.0)
     for arm in arms_in_order(list(accuracy)):
         rows = {
             int(name.removeprefix("pass@")): row
@@ -178,5 +185,5 @@ def _draw_pass_at_k(accuracy: dict[str, Any]) -> Figure:
     axis.set_xticks(list(rows), [str(k) for k in rows])
     axis.set_xlabel("k")
     axis.set_ylabel("pass@k, in domain (%)")
-    axis.legend(frameon=False, fontsize=8)
+    _legend_outside(figure, axis, "outside right center")
     return figure

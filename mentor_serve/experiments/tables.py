@@ -168,7 +168,8 @@ def _sweep(results: dict[str, Any]) -> str:
 
 def _ablations(results: dict[str, Any]) -> str:
     rows = []
-    for arm, row in results["ablations"].items():
+    for arm in arms_in_order(list(results["ablations"])):
+        row = results["ablations"][arm]
         names = list(row["difference"])
         is_reference = arm == MENTOR.name
         rows.append(

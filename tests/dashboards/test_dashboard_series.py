@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from mentor_dashboard.series import (
 )
 from mentor_serve.experiments.arms import ABLATIONS
 from mentor_serve.experiments.figures import COLOURS
+
+DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
 from mentor_serve.experiments.tables import label_of
 from mentor_serve.experiments.trial import TrialPlan
 
@@ -49,7 +52,12 @@ def test_the_page_needs_neither_torch_nor_matplotlib() -> None:
         "print({'torch', 'ray', 'matplotlib', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=DASHBOARDS,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "set()"
 
