@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mentor_serve.errors import ConfigError
 from mentor_serve.experiments.presets import IN_DOMAIN
@@ -93,7 +93,9 @@ def _draw_curves(curves: dict[str, Any]) -> Figure:
     return figure
 
 
-def _legend_outside(figure: Figure, axis: Any, place: str) -> None:
+def _legend_outside(
+    figure: Figure, axis: Any, place: Literal["outside upper left", "outside right center"]
+) -> None:
     """A legend that hides no line: a row above, or a column at the right."""
     handles, labels = axis.get_legend_handles_labels()
     ncols = len(labels) if "upper" in place else 1

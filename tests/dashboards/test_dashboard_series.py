@@ -24,10 +24,10 @@ from mentor_dashboard.series import (
 )
 from mentor_serve.experiments.arms import ABLATIONS
 from mentor_serve.experiments.figures import COLOURS
-
-DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
 from mentor_serve.experiments.tables import label_of
 from mentor_serve.experiments.trial import TrialPlan
+
+DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
 
 
 def runs(*names: str) -> list[dict[str, Any]]:
