@@ -325,6 +325,7 @@ def _hover(base: alt.Chart, *, x: Axis, y: Axis) -> alt.Chart:
 
 
 def titled(chart: Any, *, title: str, subtitle: str | None, height: int) -> alt.Chart:
+    """The chart under its title, in the padding that all panels have."""
     params: dict[str, Any] = {"text": title, "anchor": "start", "fontSize": 15, "offset": 8}
     if subtitle:
         params |= {"subtitle": subtitle, "subtitleColor": palette.NEUTRAL}

@@ -14,10 +14,9 @@ import altair as alt
 import pandas as pd
 
 from mentor_dashboard import palette
-from mentor_dashboard.charts import POINTS_BELOW, Axis, titled
+from mentor_dashboard.charts import HEIGHT, POINTS_BELOW, Axis, titled
 from mentor_dashboard.series import Series
 
-HEIGHT = 270
 MAX_BANDS = 8
 """Intervals of more series than this lie over each other until nothing shows: lines alone then."""
 _BAND = 0.15

@@ -7,6 +7,7 @@ Colour never stands alone: series are also named in a legend, tokens are also un
 
 from __future__ import annotations
 
+from mentor_serve.experiments.names import METHOD_COLOURS
 from mentor_serve.types import TokenSource
 
 POLICY = "#3d87cc"
@@ -45,15 +46,6 @@ SOURCE_LABELS = {
     TokenSource.EXPERT: "replaced by the expert",
 }
 
-METHOD_COLOURS = {
-    "base": "#8c8c8c",
-    "on_policy": "#4c72b0",
-    "luffy": "#dd8452",
-    "questa": "#937860",
-    "mentor": "#c44e52",
-    "expert": "#2f2f2f",
-}
-"""Ways to train, as in the figures of `mentor-serve compare` (which need matplotlib)."""
 METHOD_COLOURS_ON_DARK = METHOD_COLOURS | {"expert": "#d9d9d9"}
 OTHER_COLOURS = (
     "#3f9b57",

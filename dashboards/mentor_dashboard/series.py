@@ -13,33 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mentor_dashboard import palette
+from mentor_serve.experiments.names import ABLATION_LABELS, METHOD_COLOURS, METHOD_LABELS
 
 Runs = Sequence[Mapping[str, Any]]
-
-METHOD_LABELS = {
-    "base": "base",
-    "on_policy": "On-policy RL",
-    "luffy": "LUFFY",
-    "questa": "QuestA",
-    "mentor": "MENTOR",
-    "expert": "expert",
-}
-ABLATION_LABELS = {
-    "unselective": "constant weight of the same mean",
-    "quantile_80": "p = 0.8",
-    "quantile_100": "p = 1.0",
-    "constant_alpha": "alpha without decay",
-    "mixed_2": "10 + 2 rollouts",
-    "mixed_8": "4 + 8 rollouts",
-    "plain_grpo": "plain GRPO on mixed rollouts",
-    "expert_first": "first token from the expert",
-    "gamma_floor": "gamma at least 1.5",
-    "loss_scale": "loss times 8/12",
-    "released_code": "the last three together",
-    "stale_1": "rollouts 1 update old",
-    "stale_4": "rollouts 4 updates old",
-}
-"""As in `experiments.arms` and `experiments.tables`, whose import would load torch."""
 
 RECENT = 8
 """Runs that are shown where the database holds no comparison."""
@@ -130,7 +106,7 @@ def group(
     runs: Runs,
     *,
     methods: Mapping[str, str] | None = None,
-    colours: Mapping[str, str] = palette.METHOD_COLOURS,
+    colours: Mapping[str, str] = METHOD_COLOURS,
 ) -> list[Series]:
     """The series of some runs (rows with id and name), in the order of their labels in a legend.
 

@@ -41,38 +41,34 @@ class Arm:
     """One way to train."""
 
     name: str
-    label: str
-    """For tables and figures."""
+    """`experiments.names` says what it is called in tables and figures."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted settings."""
     variant: Variant = Variant()
 
 
-def _method(method: GuidanceMethod, label: str, **settings: Any) -> Arm:
-    return Arm(
-        name=method.value, label=label, settings={"guidance.method": method.value, **settings}
-    )
+def _method(method: GuidanceMethod, **settings: Any) -> Arm:
+    return Arm(name=method.value, settings={"guidance.method": method.value, **settings})
 
 
 _ALL_OWN: Final = {"rollout.num_on_policy": NUM_ROLLOUTS}
 _MIXTURE: Final = {"rollout.num_on_policy": 8, "rollout.num_mixed": 4}
 
 METHODS: Final[tuple[Arm, ...]] = (
-    _method(GuidanceMethod.ON_POLICY, "On-policy RL", **_ALL_OWN),
-    _method(GuidanceMethod.LUFFY, "LUFFY", **_ALL_OWN),
-    _method(GuidanceMethod.QUESTA, "QuestA", **_ALL_OWN),
-    _method(GuidanceMethod.MENTOR, "MENTOR", **_MIXTURE),
+    _method(GuidanceMethod.ON_POLICY, **_ALL_OWN),
+    _method(GuidanceMethod.LUFFY, **_ALL_OWN),
+    _method(GuidanceMethod.QUESTA, **_ALL_OWN),
+    _method(GuidanceMethod.MENTOR, **_MIXTURE),
 )
 """The paper's comparison (docs/baselines.md says what each does)."""
 
 MENTOR: Final = METHODS[-1]
 
 
-def _ablation(name: str, label: str, *, variant: Variant | None = None, **settings: Any) -> Arm:
+def _ablation(name: str, *, variant: Variant | None = None, **settings: Any) -> Arm:
     given = {key.replace("__", "."): value for key, value in settings.items()}
     return Arm(
         name=name,
-        label=label,
         settings={**MENTOR.settings, **given},
         variant=variant or Variant(),
     )
@@ -81,28 +77,26 @@ def _ablation(name: str, label: str, *, variant: Variant | None = None, **settin
 _RELEASED_SCALE: Final = 8 / NUM_ROLLOUTS
 
 ABLATIONS: Final[tuple[Arm, ...]] = (
-    _ablation("unselective", "constant weight of the same mean", variant=Variant(gate="matched")),
-    _ablation("quantile_80", "p = 0.8", guidance__entropy_quantile=0.8),
-    _ablation("quantile_100", "p = 1.0", guidance__entropy_quantile=1.0),
-    _ablation("constant_alpha", "alpha without decay", guidance__alpha_steps=_FOREVER),
-    _ablation("mixed_2", "10 + 2 rollouts", rollout__num_on_policy=10, rollout__num_mixed=2),
-    _ablation("mixed_8", "4 + 8 rollouts", rollout__num_on_policy=4, rollout__num_mixed=8),
+    _ablation("unselective", variant=Variant(gate="matched")),
+    _ablation("quantile_80", guidance__entropy_quantile=0.8),
+    _ablation("quantile_100", guidance__entropy_quantile=1.0),
+    _ablation("constant_alpha", guidance__alpha_steps=_FOREVER),
+    _ablation("mixed_2", rollout__num_on_policy=10, rollout__num_mixed=2),
+    _ablation("mixed_8", rollout__num_on_policy=4, rollout__num_mixed=8),
     _ablation(
         "plain_grpo",
-        "plain GRPO on mixed rollouts",
         variant=Variant(mixed_advantages="group"),
     ),
-    _ablation("expert_first", "first token from the expert", variant=Variant(first_weight=1.0)),
-    _ablation("gamma_floor", "gamma at least 1.5", guidance__gamma_floor=1.5),
-    _ablation("loss_scale", "loss times 8/12", variant=Variant(loss_scale=_RELEASED_SCALE)),
+    _ablation("expert_first", variant=Variant(first_weight=1.0)),
+    _ablation("gamma_floor", guidance__gamma_floor=1.5),
+    _ablation("loss_scale", variant=Variant(loss_scale=_RELEASED_SCALE)),
     _ablation(
         "released_code",
-        "the last three together",
         variant=Variant(first_weight=1.0, loss_scale=_RELEASED_SCALE),
         guidance__gamma_floor=1.5,
     ),
-    _ablation("stale_1", "rollouts 1 update old", variant=Variant(staleness=1)),
-    _ablation("stale_4", "rollouts 4 updates old", variant=Variant(staleness=4)),
+    _ablation("stale_1", variant=Variant(staleness=1)),
+    _ablation("stale_4", variant=Variant(staleness=4)),
 )
 """MENTOR with one thing changed (the released code's differences: one by one, then all)."""
 

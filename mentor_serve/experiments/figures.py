@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mentor_serve.errors import ConfigError
+from mentor_serve.experiments.names import METHOD_COLOURS
 from mentor_serve.experiments.presets import IN_DOMAIN
 from mentor_serve.experiments.tables import arms_in_order, label_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "base": "#8c8c8c",
-    "on_policy": "#4c72b0",
-    "luffy": "#dd8452",
-    "questa": "#937860",
-    "mentor": "#c44e52",
-    "expert": "#2f2f2f",
-}
 _FIGURE_3_ARMS = ("on_policy", "luffy", "mentor")
 _NEVER = {"value": 0.0, "low": 0.0, "high": 0.0}
 _RARE = 0.005
@@ -85,8 +78,8 @@ def _draw_curves(curves: dict[str, Any]) -> Figure:
                 if row is not None
             ]
             steps, values, lows, highs = zip(*points, strict=True)
-            one.plot(steps, values, color=COLOURS[arm], label=label_of(arm), linewidth=1.2)
-            one.fill_between(steps, lows, highs, color=COLOURS[arm], alpha=0.15, linewidth=0)
+            one.plot(steps, values, color=METHOD_COLOURS[arm], label=label_of(arm), linewidth=1.2)
+            one.fill_between(steps, lows, highs, color=METHOD_COLOURS[arm], alpha=0.15, linewidth=0)
         one.set_title(title, fontsize=9)
         one.set_xlabel("updates")
     _legend_outside(figure, axes[0], "outside upper left")
@@ -159,7 +152,7 @@ def _bar_groups(axis: Any, groups: dict[str, Any], labels: list[str]) -> None:
             [max(0.0, 100 * (row["value"] - row["low"])) for row in rows],
             [max(0.0, 100 * (row["high"] - row["value"])) for row in rows],
         ]
-        axis.bar(places, heights, width, color=COLOURS[arm], label=label_of(arm))
+        axis.bar(places, heights, width, color=METHOD_COLOURS[arm], label=label_of(arm))
         axis.errorbar(places, heights, errors, fmt="none", ecolor="black", elinewidth=0.7)
     axis.set_xticks(range(len(labels)), labels)
     axis.legend(frameon=False, fontsize=8, ncols=len(arms), loc="lower left", bbox_to_anchor=(0, 1))
@@ -174,12 +167,12 @@ def _draw_pass_at_k(accuracy: dict[str, Any]) -> Figure:
             if name.removeprefix("pass@").isdecimal()
         }
         values = [100 * row["value"] for row in rows.values()]
-        axis.plot(list(rows), values, color=COLOURS[arm], label=label_of(arm), marker=".")
+        axis.plot(list(rows), values, color=METHOD_COLOURS[arm], label=label_of(arm), marker=".")
         axis.fill_between(
             list(rows),
             [100 * row["low"] for row in rows.values()],
             [100 * row["high"] for row in rows.values()],
-            color=COLOURS[arm],
+            color=METHOD_COLOURS[arm],
             alpha=0.15,
             linewidth=0,
         )

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mentor_serve.experiments.arms import ABLATIONS, MENTOR, METHODS
+from mentor_serve.experiments.arms import MENTOR
+from mentor_serve.experiments.names import ABLATION_LABELS, METHOD_LABELS
 from mentor_serve.experiments.presets import IN_DOMAIN
 from mentor_serve.experiments.results import GREEDY
 
-_LABELS = {
-    "base": "base",
-    "expert": "expert",
-    **{arm.name: arm.label for arm in (*METHODS, *ABLATIONS)},
-}
+_LABELS = METHOD_LABELS | ABLATION_LABELS
 _SHOWN_WORDS = ("verify", "check", "okay", "wait")
 
 

@@ -12,7 +12,7 @@ from seeded_comparison import main_names, write_comparison
 from seeded_store import SeededRun, empty_store, run_row, write_rows
 from streamlit.testing.v1 import AppTest
 
-from mentor_dashboard import palette
+from mentor_serve.experiments.names import METHOD_COLOURS
 from mentor_serve.store import models
 
 TITLES = [
@@ -87,7 +87,7 @@ def test_a_comparison_opens_with_its_methods() -> None:
     assert {"greedy accuracy", "avg@8", "pass@8"} <= set(table.columns)
     assert list(table["greedy accuracy"])[-1] == pytest.approx(0.99)
     assert legend(app).count("2 runs") == 4
-    assert colours(specs(app)[TITLES[0]])["MENTOR"] == palette.METHOD_COLOURS["mentor"]
+    assert colours(specs(app)[TITLES[0]])["MENTOR"] == METHOD_COLOURS["mentor"]
     assert "not which problems were drawn" in app.caption[-1].value
 
 
@@ -160,8 +160,8 @@ def test_runs_of_a_service_are_compared_by_their_method(home: Path) -> None:
     assert [button.label for button in app.button] == ["Most recent"]
     drawn = specs(app)
     assert colours(drawn["pass@8 by problems (Figure 4)"]) == {
-        "my-luffy-run": palette.METHOD_COLOURS["luffy"],
-        "my-mentor-run": palette.METHOD_COLOURS["mentor"],
+        "my-luffy-run": METHOD_COLOURS["luffy"],
+        "my-mentor-run": METHOD_COLOURS["mentor"],
     }
     # One run each: no interval anywhere.
     kinds = {layer["mark"]["type"] for spec in drawn.values() for layer in spec["layer"]}

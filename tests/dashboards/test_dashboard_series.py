@@ -14,16 +14,14 @@ from scipy import stats
 from mentor_dashboard import palette
 from mentor_dashboard.means import mean_over_runs
 from mentor_dashboard.series import (
-    ABLATION_LABELS,
-    METHOD_LABELS,
     RECENT,
     Series,
     group,
     parse,
     selections,
 )
-from mentor_serve.experiments.arms import ABLATIONS
-from mentor_serve.experiments.figures import COLOURS
+from mentor_serve.experiments.arms import ABLATIONS, METHODS
+from mentor_serve.experiments.names import ABLATION_LABELS, METHOD_COLOURS, METHOD_LABELS
 from mentor_serve.experiments.tables import label_of
 from mentor_serve.experiments.trial import TrialPlan
 
@@ -38,11 +36,11 @@ def labels(found: list[Series]) -> list[str]:
     return [series.label for series in found]
 
 
-def test_labels_and_colours_are_those_of_the_comparison() -> None:
-    assert palette.METHOD_COLOURS == COLOURS
-    assert {arm.name: arm.label for arm in ABLATIONS} == ABLATION_LABELS
+def test_every_arm_of_the_comparison_has_a_label_and_every_method_a_colour() -> None:
+    assert [arm.name for arm in ABLATIONS] == list(ABLATION_LABELS)
+    assert ["base", *(arm.name for arm in METHODS), "expert"] == list(METHOD_LABELS)
     assert {name: label_of(name) for name in METHOD_LABELS} == METHOD_LABELS
-    assert set(METHOD_LABELS) == set(COLOURS)
+    assert set(METHOD_LABELS) == set(METHOD_COLOURS)
 
 
 def test_the_page_needs_neither_torch_nor_matplotlib() -> None:
@@ -103,7 +101,7 @@ def test_every_series_has_a_colour_of_its_own() -> None:
     names += [f"ablation-{arm}-seed0" for arm in ABLATION_LABELS]
     found = group(runs(*names))
     colours = {series.trial.arm: series.colour for series in found}
-    assert {arm: colours[arm] for arm in METHOD_LABELS} == palette.METHOD_COLOURS
+    assert {arm: colours[arm] for arm in METHOD_LABELS} == METHOD_COLOURS
     assert len(set(colours.values())) == len(found)
 
 
@@ -111,7 +109,7 @@ def test_learning_rates_are_shades_of_their_method_in_order() -> None:
     rates = ("0.0001", "0.0004", "5e-05")
     found = group(runs(*(f"sweep-luffy-lr{rate}-seed100" for rate in rates)))
     assert labels(found) == ["LUFFY, lr 5e-05", "LUFFY, lr 0.0001", "LUFFY, lr 0.0004"]
-    assert [series.colour for series in found] == palette.shades(palette.METHOD_COLOURS["luffy"], 3)
+    assert [series.colour for series in found] == palette.shades(METHOD_COLOURS["luffy"], 3)
 
 
 def test_shades_go_from_light_to_dark() -> None:
@@ -124,9 +122,9 @@ def test_other_runs_have_their_methods_colour_once() -> None:
     methods = {"id-a": "luffy", "id-b": "luffy", "id-c": "mentor"}
     found = group(runs("a", "b", "c", "d"), methods=methods)
     assert [series.colour for series in found] == [
-        palette.METHOD_COLOURS["luffy"],
+        METHOD_COLOURS["luffy"],
         palette.OTHER_COLOURS[0],
-        palette.METHOD_COLOURS["mentor"],
+        METHOD_COLOURS["mentor"],
         palette.OTHER_COLOURS[1],
     ]
 

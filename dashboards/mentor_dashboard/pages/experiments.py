@@ -14,6 +14,7 @@ from mentor_dashboard.means import Rows, mean_over_runs
 from mentor_dashboard.series import Series, group, parse, selections
 from mentor_dashboard.shell import Run, live_selection, panel
 from mentor_dashboard.source import read
+from mentor_serve.experiments.names import METHOD_COLOURS
 from mentor_serve.store.experiment_stats import MAX_RUNS, ExperimentReader
 
 CHOSEN = "runs"
@@ -123,7 +124,7 @@ def _body(runs: Sequence[Run]) -> None:
 
 def _colours() -> Mapping[str, str]:
     is_dark = st.context.theme.type == "dark"
-    return palette.METHOD_COLOURS_ON_DARK if is_dark else palette.METHOD_COLOURS
+    return palette.METHOD_COLOURS_ON_DARK if is_dark else METHOD_COLOURS
 
 
 def _training(curves: Rows, updates: Rows, series: Sequence[Series]) -> None:
