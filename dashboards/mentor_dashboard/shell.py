@@ -21,6 +21,8 @@ from mentor_serve.store.stats import StatsReader
 RETRY_S = 3.0
 """How often a page without a database looks again."""
 INTERVALS_S = (2, 5, 15, 60)
+RUN = "run"
+"""Where the session and the address keep the name of the chosen run."""
 
 _STYLE = "<style>.stMainBlockContainer { padding: 2.75rem 2.5rem 3rem; }</style>"
 """The charts matter more than Streamlit's six empty lines above them."""
@@ -71,8 +73,12 @@ def panel(chart: alt.Chart | None, *, empty: str) -> None:
 
 def _one_run(runs: list[dict[str, Any]]) -> Run:
     names = [run["name"] for run in runs]
+    if RUN in st.session_state:
+        # Widgets of two pages are two: a value from a link is lost by the first change of pages
+        # unless it is written down again.
+        st.session_state[RUN] = st.session_state[RUN]
     name = st.sidebar.selectbox(
-        "Run", names, key="run", bind="query-params", help="Most recently active first."
+        "Run", names, key=RUN, bind="query-params", help="Most recently active first."
     )
     return runs[names.index(name)] if name in names else runs[0]
 

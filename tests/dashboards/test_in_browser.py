@@ -120,3 +120,14 @@ def test_a_selection_of_runs_can_be_shared_as_a_link(address: str, browser: Any,
     chosen.first.wait_for()
     assert sorted(chosen.all_inner_texts()) == others
     other.close()
+
+
+def test_a_run_chosen_by_a_link_stays_chosen_on_the_other_pages(address: str, tab: Any) -> None:
+    run = sorted(main_names())[0]
+    open_page(tab, f"{address}/?run={run}")
+    selector = tab.get_by_test_id("stSidebar").get_by_role("combobox")
+    for title in ("Learner", "Experiments", "Guidance", "Overview"):
+        tab.get_by_role("link", name=title).click()
+        tab.get_by_role("heading", name=title, exact=True).wait_for()
+        if title != "Experiments":
+            playwright.expect(selector).to_have_value(run)
