@@ -148,15 +148,15 @@ def _engine(settings: Settings) -> str:
 
 
 def _models(settings: Settings) -> str:
-    from mentor_serve.models.loading import load_config, load_tokenizer
+    from mentor_serve.models.loading import load_logits_width, load_tokenizer
     from mentor_serve.models.vocabulary import check_same_vocabulary
 
     policy, expert = settings.policy.model, settings.expert.model
-    tokenizer, config = load_tokenizer(policy), load_config(policy)
+    tokenizer, width = load_tokenizer(policy), load_logits_width(policy)
     if expert == "none":
         return f"policy {policy}, no expert (guidance is off)"
-    check_same_vocabulary(tokenizer, load_tokenizer(expert), config, load_config(expert))
-    return f"policy {policy}, expert {expert}, vocabulary {config.vocab_size}"
+    check_same_vocabulary(tokenizer, load_tokenizer(expert), width, load_logits_width(expert))
+    return f"policy {policy}, expert {expert}, vocabulary {width}"
 
 
 def _tasks(settings: Settings) -> str:

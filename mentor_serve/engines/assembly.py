@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from mentor_serve.engines.slots.slot_model import default_max_tokens
 from mentor_serve.errors import ConfigError
-from mentor_serve.models.loading import end_token_ids, load_config, load_model, load_tokenizer
+from mentor_serve.models.loading import (
+    end_token_ids,
+    load_logits_width,
+    load_model,
+    load_tokenizer,
+)
 from mentor_serve.models.vocabulary import check_same_vocabulary
 
 ModelSource = Any
@@ -39,8 +44,8 @@ def check_vocabulary(policy: ModelSource, expert: ModelSource) -> None:
         check_same_vocabulary(
             load_tokenizer(policy),
             load_tokenizer(expert),
-            load_config(policy),
-            load_config(expert),
+            load_logits_width(policy),
+            load_logits_width(expert),
         )
 
 

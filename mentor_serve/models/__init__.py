@@ -6,6 +6,7 @@ Importing this package pulls in neither torch nor transformers; the functions lo
 from mentor_serve.models.loading import (
     end_token_ids,
     load_config,
+    load_logits_width,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -17,6 +18,7 @@ __all__ = [
     "check_same_vocabulary",
     "end_token_ids",
     "load_config",
+    "load_logits_width",
     "load_model",
     "load_tokenizer",
     "opens_thinking",

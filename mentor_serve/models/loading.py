@@ -9,6 +9,7 @@ would be random.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from pathlib import Path
@@ -33,6 +34,8 @@ _READ_ERRORS: Final = (
     struct.error,
 )
 """What transformers raises about a damaged or foreign model."""
+_PLAIN_TOKENIZER: Final = "TokenizersBackend"
+"""Class of a tokenizer that is all in its tokenizer.json, as transformers 5 names it."""
 _EXPECTED: Final = (
     "expected embedded:policy, embedded:expert, a model directory, a GGUF file or a hub id"
 )
@@ -99,14 +102,15 @@ def load_model(
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model.
 
+    That of the bundled pair, and of what is exported from it, loads without torch: the classes that
+    find out what a model is import all of it, which takes seconds in every process.
+
     Raises:
         ConfigError: the model cannot be found, or has no usable tokenizer files.
     """
-    from transformers import AutoTokenizer
-
     source, options = _source(name_or_path)
     with _Readable(name_or_path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = _tokenizer_class(source, options).from_pretrained(source, **options)
     if len(tokenizer) == 0:
         raise ConfigError(
             f"the tokenizer of {str(name_or_path)!r} is empty; "
@@ -127,6 +131,22 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
     with _Readable(name_or_path, "config"):
         config = AutoConfig.from_pretrained(source, **options)
     return cast("PretrainedConfig", config)
+
+
+def load_logits_width(name_or_path: str | Path) -> int:
+    """Read how wide a model's logits are: `vocab_size`, which padding may make larger than its
+    tokenizer. Of a Llama in a directory it takes no torch.
+
+    Raises:
+        ConfigError: the model cannot be found, or its configuration cannot be read.
+    """
+    source, options = _source(name_or_path)
+    with _Readable(name_or_path, "config"):
+        width = _llama_config(source, options).get("vocab_size")
+    if width is None:
+        # Models with a vision tower keep the language model's numbers one level down.
+        width = load_config(name_or_path).get_text_config().vocab_size
+    return int(width)
 
 
 def end_token_ids(
@@ -179,6 +199,37 @@ def _source(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
     if resolved.suffix == ".gguf" and resolved.is_file():
         return str(resolved.parent), {"gguf_file": resolved.name}
     return str(resolved), {"local_files_only": True}
+
+
+def _llama_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a Llama in a directory, else nothing."""
+    if "local_files_only" not in options:
+        return {}
+    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    is_llama = isinstance(config, dict) and config.get("model_type") == "llama"
+    return config if is_llama else {}
+
+
+def _tokenizer_class(source: str, options: dict[str, Any]) -> Any:
+    if _has_plain_tokenizer(source, options):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _has_plain_tokenizer(source: str, options: dict[str, Any]) -> bool:
+    """Whether `AutoTokenizer` would come to the class that tokenizer_config.json names.
+
+    For a Llama it does; of some other models it knows that the file names the wrong one.
+    """
+    file = Path(source) / "tokenizer_config.json"
+    if not _llama_config(source, options) or not file.is_file():
+        return False
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("tokenizer_class") == _PLAIN_TOKENIZER and "auto_map" not in config
 
 
 def _gguf_config() -> Any:

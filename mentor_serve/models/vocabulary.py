@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 from mentor_serve.errors import VocabularyMismatch
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_same_vocabulary(
     policy_tokenizer: PreTrainedTokenizerBase,
     expert_tokenizer: PreTrainedTokenizerBase,
-    policy_config: PretrainedConfig,
-    expert_config: PretrainedConfig,
+    policy_width: int,
+    expert_width: int,
 ) -> None:
     """Return if both tokenizers map the same tokens to the same ids and both models are as wide.
 
-    Compared are the tokenizers' whole vocabularies (added tokens included) and then `vocab_size` of
-    the two configurations, which is the width of the logits and may exceed the tokenizer's length
-    by padding. End tokens may differ: the policy's count.
+    Compared are the tokenizers' whole vocabularies (added tokens included) and then the widths of
+    the logits (`load_logits_width`), which may exceed the tokenizer's length by padding. End tokens
+    may differ: the policy's count.
 
     Raises:
         VocabularyMismatch: names the lowest id at which the two differ, or both widths.
@@ -40,7 +40,6 @@ def check_same_vocabulary(
                 f"{_show(theirs)} for the expert ({len(expert_tokens)} tokens); choose an expert "
                 "of the same model family, or fine-tune one from the policy's base model"
             )
-    policy_width, expert_width = _width(policy_config), _width(expert_config)
     if policy_width != expert_width:
         raise VocabularyMismatch(
             "policy and expert have equal tokenizers but logits of different width: vocab_size is "
@@ -52,12 +51,6 @@ def check_same_vocabulary(
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return {token_id: token for token, token_id in vocabulary.items()}
-
-
-def _width(config: PretrainedConfig) -> int:
-    # Models with a vision tower keep the language model's numbers one level down.
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text_config.vocab_size)
 
 
 def _show(token: str | None) -> str:

@@ -1,15 +1,19 @@
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mentor_serve.errors import ConfigError
 from mentor_serve.models import (
     end_token_ids,
     load_config,
+    load_logits_width,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -53,6 +57,54 @@ def test_the_tokenizer_and_config_of_a_directory_load(model_dir: Path) -> None:
     tokenizer = load_tokenizer(model_dir)
     assert tokenizer.decode(tokenizer("1 + 2")["input_ids"]) == "1 + 2"
     assert load_config(model_dir).vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["TokenizersBackend", "LlamaTokenizer"])
+def test_a_tokenizer_is_the_one_that_transformers_would_choose(
+    model_dir: Path, tmp_path: Path, tokenizer_class: str
+) -> None:
+    directory = copy_of(model_dir, tmp_path / "copy")
+    file = directory / "tokenizer_config.json"
+    named = json.loads(file.read_text()) | {"tokenizer_class": tokenizer_class}
+    file.write_text(json.dumps(named))
+    found, expected = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    assert type(found) is type(expected)
+    assert found.get_vocab() == expected.get_vocab()
+    assert found.special_tokens_map == expected.special_tokens_map
+    assert found.chat_template == expected.chat_template
+    assert (found.padding_side, found.model_max_length) == (
+        expected.padding_side,
+        expected.model_max_length,
+    )
+    text = "<|user|>1 + 2 = okay, wait<|end|>"
+    assert found(text)["input_ids"] == expected(text)["input_ids"]
+
+
+def test_tokenizer_and_width_of_the_bundled_pair_take_no_torch() -> None:
+    """Gateway, collectors and the command line need no more; importing torch takes seconds."""
+    code = (
+        "import sys\n"
+        "from mentor_serve.models import load_logits_width, load_tokenizer\n"
+        "assert len(load_tokenizer('embedded:policy')) == load_logits_width('embedded:expert')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_width_is_that_of_the_language_model(model_dir: Path, tmp_path: Path) -> None:
+    assert load_logits_width(model_dir) == load_config(model_dir).vocab_size
+    text = {"model_type": "qwen2", "vocab_size": 8, "hidden_size": 16, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_vl", "vocab_size": 9, "text_config": text})
+    )
+    assert load_logits_width(tmp_path) == 8
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="cannot load the config"):
+        load_logits_width(tmp_path)
 
 
 def test_hub_ids_stay_as_they_are() -> None:
