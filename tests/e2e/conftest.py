@@ -134,6 +134,8 @@ def _environment(home: Path, port: int) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's default of 15 leaves a service next to no time beside other tests on two cores.
+        "RAY_worker_niceness": "0",
         "MENTOR_SERVE_HOME": str(home),
         "MENTOR_SERVE_GATEWAY__PORT": str(port),
         "MENTOR_SERVE_TELEMETRY__DASHBOARD_PORT": str(free_port()),

@@ -7,13 +7,19 @@ import os
 # Read when ray is imported first.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray starts its workers at niceness 15: beside other tests on two cores, ranks then get next to no
+# time to start in.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster():
-    """A cluster of this process's own, on loopback."""
+    """A cluster of this process's own, on loopback.
+
+    Not for the whole session: its idle processes would take time from all tests that follow.
+    """
     import ray
 
     ray.init(
