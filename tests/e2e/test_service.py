@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import random
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from service_checks import assert_every_group_was_used_once
 
+from mentor_serve.weights import read_snapshot
+
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
+NUM_LEARNER_KILLS = 3
+LEARNER_RECOVERY_S = 30.0
+"""From a kill to the next new version that replicas serve."""
+LIVE = "select version, sha256, path from policy_versions where is_live"
 QUESTION = "State the final answer to the following arithmetic problem: 4 - 1 - 7 ="
 
 
@@ -121,7 +130,7 @@ def test_training_pauses_and_resumes(service: Any) -> None:
     service.wait_for_step(step + 1)
 
 
-@pytest.mark.parametrize("victim", ["LearnerActor", "WeightStore", "ServeReplica:mentor:Policy"])
+@pytest.mark.parametrize("victim", ["WeightStore", "ServeReplica:mentor:Policy"])
 def test_a_killed_process_is_replaced_and_training_goes_on(service: Any, victim: str) -> None:
     service.wait_for_step(1)  # every process is up
     step = service.step()
@@ -135,3 +144,25 @@ def test_a_killed_process_is_replaced_and_training_goes_on(service: Any, victim:
 
     service.wait_for(has_gone_on, f"updates after the death of {victim}", timeout_s=120.0)
     assert_every_group_was_used_once(service)
+
+
+def test_a_killed_learner_is_back_with_a_new_version_within_half_a_minute(service: Any) -> None:
+    """Last: it ends the service, so that the snapshot that was live stays."""
+    rng = random.Random(3)
+    service.wait_for_step(2)
+    for _ in range(NUM_LEARNER_KILLS):
+        time.sleep(rng.uniform(0.0, 2.0))  # an update of the bundled pair takes less than that
+        ((before,),) = service.query("select max(version) from policy_versions")
+        assert service.kill_process("LearnerActor") == 1
+        service.wait_for(
+            lambda before=before: service.query(LIVE)[0][0] > before,
+            f"a version after {before}",
+            timeout_s=LEARNER_RECOVERY_S,
+        )
+        assert_every_group_was_used_once(service)
+    versions = [row[0] for row in service.query("select version from policy_versions order by 1")]
+    assert versions == list(range(len(versions)))
+
+    service.interrupt()
+    ((_, sha256, path),) = service.query(LIVE)
+    assert read_snapshot(Path(path), verify=True).sha256 == sha256

@@ -1,7 +1,7 @@
 """The whole service on vLLM: completions, mixed groups, and updates that are served.
 
-The bundled pair, and SmolLM2-135M: from the directory that MENTOR_BENCH_SMOLLM2 names, or from
-where `make smollm2-for-tests` puts it.
+On SmolLM2-135M, from the directory that MENTOR_BENCH_SMOLLM2 names or from where
+`make smollm2-for-tests` puts it, and on the bundled pair where there is none.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ _FETCHED = Path(__file__).resolve().parents[2] / ".models" / "smollm2"
 SMOLLM2 = os.environ.get("MENTOR_BENCH_SMOLLM2") or (str(_FETCHED) if _FETCHED.exists() else None)
 SMOLLM2_SETTINGS = {
     "MENTOR_SERVE_POLICY__MAX_BATCH_SIZE": "24",
+    # A hundred times the bundled policy: little of it, so that requests do not wait for long.
+    "MENTOR_SERVE_ROLLOUT__CONCURRENT_GROUPS": "2",
+    "MENTOR_SERVE_LEARNER__PROMPTS_PER_STEP": "2",
+    "MENTOR_SERVE_LEARNER__MINI_BATCH_PROMPTS": "2",
     "MENTOR_SERVE_POLICY__MAX_MODEL_LEN": "192",
     "MENTOR_SERVE_ROLLOUT__MAX_NEW_TOKENS": "24",
     "MENTOR_SERVE_WEIGHTS__SWAP_TIMEOUT_S": "120",
@@ -50,9 +54,8 @@ def _perturbed_copy(directory: Path) -> str:
     return str(directory)
 
 
-@pytest.fixture(scope="module", params=["bundled", "smollm2"])
+@pytest.fixture(scope="module")
 def service(
-    request: pytest.FixtureRequest,
     start_service: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
@@ -62,9 +65,7 @@ def service(
         # A gate that is open from the first group on.
         "MENTOR_SERVE_GUIDANCE__INITIAL_GAMMA": "1.0",
     }
-    if request.param == "smollm2":
-        if SMOLLM2 is None:
-            pytest.skip("needs SmolLM2-135M (`make smollm2-for-tests`)")
+    if SMOLLM2 is not None:
         expert = _perturbed_copy(tmp_path_factory.mktemp("expert"))
         env |= {"MENTOR_SERVE_POLICY__MODEL": SMOLLM2, "MENTOR_SERVE_EXPERT__MODEL": expert}
         env |= SMOLLM2_SETTINGS
