@@ -1,0 +1,219 @@
+"""How long `mentor-serve up` takes until it answers, beside an empty Ray Serve application.
+
+    python -m benchmarks.service_start --json
+    python -m benchmarks.service_start --checkout ../older --json
+
+Each round starts one after the other: Ray with an application that only says hello, this checkout,
+and `--checkout`, another one, for instance of an older commit (`git worktree add`). Times of
+different rounds are not compared: ratios are taken within a round, and their median is given.
+Each service has a state directory of its own and one rollout group under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.machine import positive_int, processor, report_progress
+
+EMPTY = "empty"
+SERVICE = "service"
+OTHER = "checkout"
+TIMEOUT_S = 300.0
+_HERE = Path(__file__).resolve().parents[1]
+_EMPTY_APPLICATION = """
+import sys, time
+import ray
+from ray import serve
+
+@serve.deployment
+class Hello:
+    def __call__(self, request):
+        return "hello"
+
+ray.init(include_dashboard=False, _node_ip_address="127.0.0.1")
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+serve.run(Hello.bind())
+time.sleep(3600)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start, up to the first answer."""
+
+    ready_s: float
+    cpu_s: float
+    """Processor time, user and system, of all processes that were alive at that answer."""
+
+
+def main() -> None:
+    """Run the benchmark; the result goes to standard output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--checkout", type=Path, help="another checkout to start in each round")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    arguments = parser.parse_args()
+    starts = measure(arguments.rounds, arguments.checkout)
+    result: dict[str, Any] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "rounds": {name: [asdict(start) for start in of] for name, of in starts.items()},
+        "times_empty": {name: ratio(of, starts[EMPTY]) for name, of in starts.items()},
+    }
+    if OTHER in starts:
+        result["times_checkout"] = {SERVICE: ratio(starts[SERVICE], starts[OTHER])}
+    print(json.dumps(result, indent=2) if arguments.json else table(result))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def measure(rounds: int, checkout: Path | None) -> dict[str, list[Start]]:
+    """Starts by what was started, one a round.
+
+    Raises:
+        RuntimeError: something ended before it answered, or did not answer in time.
+    """
+    places = {EMPTY: _HERE, SERVICE: _HERE}
+    if checkout is not None:
+        places[OTHER] = checkout.resolve()
+    starts: dict[str, list[Start]] = {name: [] for name in places}
+    for number in range(rounds):
+        for name, place in places.items():
+            starts[name].append(start_once(name, place))
+            seconds = starts[name][-1].ready_s
+            report_progress(f"round {number + 1} of {rounds}: {name} after {seconds:.1f} s")
+    return starts
+
+
+def start_once(name: str, place: Path) -> Start:
+    """Start it, wait for its first answer, and stop it."""
+    port = _free_port()
+    with tempfile.TemporaryDirectory() as home:
+        path, command = "/health/readiness", ["-m", "mentor_serve.cli", "up", "--no-dashboard"]
+        if name == EMPTY:
+            path, command = "/", ["-c", _EMPTY_APPLICATION, str(port)]
+        output = Path(home) / "output.txt"
+        began = time.monotonic()
+        with output.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=place,
+                env=_environment(home, port),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        with _stopped_at_the_end(process):
+            deadline = began + TIMEOUT_S
+            while not _answers(f"http://127.0.0.1:{port}{path}"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    said = output.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"expected an answer of {name}; it said:\n{said}")
+                time.sleep(0.05)
+            return Start(
+                ready_s=round(time.monotonic() - began, 2), cpu_s=round(_cpu_s(process.pid), 2)
+            )
+
+
+def ratio(starts: list[Start], others: list[Start]) -> dict[str, float]:
+    """Median over rounds of how many times as long the first took."""
+    pairs = list(zip(starts, others, strict=True))
+    return {
+        "ready": round(statistics.median(a.ready_s / b.ready_s for a, b in pairs), 3),
+        "cpu": round(statistics.median(a.cpu_s / b.cpu_s for a, b in pairs), 3),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """What people read: medians, and ratios to the empty application."""
+    lines = [f"{'':10} {'ready s':>8} {'CPU s':>8} {'x empty':>8}"]
+    ratios = result["times_empty"]
+    for name, starts in result["rounds"].items():
+        ready, cpu = (statistics.median(one[key] for one in starts) for key in ("ready_s", "cpu_s"))
+        lines.append(f"{name:10} {ready:8.1f} {cpu:8.1f} {ratios[name]['ready']:8.2f}")
+    return "\n".join(lines)
+
+
+def _environment(home: str, port: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MENTOR_")}
+    return {
+        **kept,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "MENTOR_SERVE_HOME": home,
+        "MENTOR_SERVE_GATEWAY__PORT": str(port),
+        "MENTOR_SERVE_ROLLOUT__CONCURRENT_GROUPS": "1",
+    }
+
+
+@contextmanager
+def _stopped_at_the_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        tree = _tree(process.pid)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for one in tree:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _cpu_s(pid: int) -> float:
+    total = 0.0
+    for process in _tree(pid):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            # Those of children are of the ones that ended and were waited for.
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
