@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from mentor_serve.errors import EngineError, StoreError, VerifierError
 from mentor_serve.experiments.arms import Variant
 from mentor_serve.rollout.config import CollectorConfig
-from mentor_serve.rollout.demonstrations import Demonstrations, Outcome, Request
+from mentor_serve.rollout.demonstrations import Demonstrations, Outcome
 from mentor_serve.rollout.groups import (
     GroupPlan,
     Response,
@@ -25,9 +25,10 @@ from mentor_serve.rollout.groups import (
 )
 from mentor_serve.rollout.interfaces import GroupSampler, GroupStore
 from mentor_serve.rollout.pacing import Backoff
+from mentor_serve.rollout.planning import GroupPlanner
 from mentor_serve.rollout.prompts import PromptRenderer
 from mentor_serve.rollout.recorder import Recorder
-from mentor_serve.rollout.strategies import Occasion, build_strategy
+from mentor_serve.rollout.strategies import build_strategy
 from mentor_serve.rollout.tasks.sources import TaskSource
 from mentor_serve.rollout.verifiers.pool import VerifierPool
 from mentor_serve.store.records import NewGroup, new_id
@@ -71,13 +72,17 @@ class RoundCollector:
         self._run_id = run_id
         self._config = config
         self._variant = variant
-        self._strategy = build_strategy(config.guidance, config.shape, renderer)
-        self._demonstrations = Demonstrations(
+        demonstrations = Demonstrations(
             config=config,
             sampler=sampler,
             recorder=Recorder(store, run_id, new_backoff=Backoff),
             renderer=renderer,
             judge=self._judge,
+        )
+        self._planner = GroupPlanner(
+            strategy=build_strategy(config.guidance, config.shape, renderer),
+            renderer=renderer,
+            demonstrations=demonstrations,
         )
 
     def restart_at(self, number: int) -> None:
@@ -121,30 +126,12 @@ class RoundCollector:
         return [response for responses in groups for response in responses]
 
     async def _plan(self, number: int, task: Task, guidance: Guidance) -> GroupPlan:
-        prompt = self._renderer.render(task)
-        demonstrations: Sequence[Any] = ()
-        if self._strategy.num_demonstrations:
-            found = await self._demonstrations.find(
-                Request(
-                    task=task,
-                    prompt_token_ids=prompt,
-                    num_wanted=self._strategy.num_demonstrations,
-                    policy_version=guidance.policy_version,
-                )
-            )
-            if found.problem is not None:
-                raise StoreError(f"no demonstration of {task.prompt!r}: {found.problem}")
-            demonstrations = found.demonstrations
-        return self._strategy.plan(
-            Occasion(
-                task=task,
-                guidance=guidance,
-                prompt_token_ids=prompt,
-                demonstrations=demonstrations,
-                # Nothing of the run's name: arms of one seed start from the same rollouts.
-                seed=derive_seed(self._config.seed, number),
-            )
-        )
+        # Nothing of the run's name: arms of one seed start from the same rollouts.
+        seed = derive_seed(self._config.seed, number)
+        plan, found = await self._planner.plan(task, guidance, seed=seed)
+        if found.problem is not None:
+            raise StoreError(f"no demonstration of {task.prompt!r}: {found.problem}")
+        return plan
 
     def _varied(self, plan: GroupPlan, weight: float) -> GroupPlan:
         variant = self._variant

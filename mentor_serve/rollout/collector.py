@@ -22,7 +22,7 @@ import structlog
 
 from mentor_serve.errors import EngineError, MentorError, VerifierError
 from mentor_serve.rollout.config import CollectorConfig
-from mentor_serve.rollout.demonstrations import Demonstrations, Found, Outcome, Request
+from mentor_serve.rollout.demonstrations import Demonstrations, Outcome
 from mentor_serve.rollout.groups import (
     GroupPlan,
     Response,
@@ -34,9 +34,10 @@ from mentor_serve.rollout.groups import (
 )
 from mentor_serve.rollout.interfaces import GroupSampler, GroupStore
 from mentor_serve.rollout.pacing import Backoff, Pacer, sleep_unless
+from mentor_serve.rollout.planning import GroupPlanner
 from mentor_serve.rollout.prompts import PromptRenderer
 from mentor_serve.rollout.recorder import Recorder
-from mentor_serve.rollout.strategies import Occasion, build_strategy
+from mentor_serve.rollout.strategies import build_strategy
 from mentor_serve.rollout.tasks.sources import TaskSource
 from mentor_serve.rollout.verifiers.pool import VerifierPool
 from mentor_serve.store.outage import Outage
@@ -105,7 +106,7 @@ class Collector:
         self._verifier_pool = verifier_pool
         self._run_id = run_id
         self._config = config
-        self._strategy = build_strategy(config.guidance, config.shape, renderer)
+        strategy = build_strategy(config.guidance, config.shape, renderer)
         self._recorder = Recorder(
             store,
             run_id,
@@ -116,12 +117,15 @@ class Collector:
             num_collectors=config.num_collectors,
         )
         self._counts = self._recorder.counts
-        self._demonstrations = Demonstrations(
+        demonstrations = Demonstrations(
             config=config,
             sampler=sampler,
             recorder=self._recorder,
             renderer=renderer,
             judge=self._judge,
+        )
+        self._planner = GroupPlanner(
+            strategy=strategy, renderer=renderer, demonstrations=demonstrations
         )
         self._pacer = Pacer(
             self._recorder.count_ready,
@@ -225,7 +229,7 @@ class Collector:
         """Make and store one group. Whatever it raises happened before there was a group."""
         guidance = await self._answer(self._sampler.guidance())
         number, task = await self._drawn()
-        method = self._strategy.method
+        method = self._planner.strategy.method
         plan = GroupPlan(task=task, guidance=guidance, requests=[], method=method)
         group_id = new_id()
         try:
@@ -261,31 +265,13 @@ class Collector:
 
     async def _plan(self, number: int, task: Task, guidance: Guidance) -> GroupPlan:
         config = self._config
-        prompt = self._renderer.render(task)
-        num_wanted = self._strategy.num_demonstrations
-        found = Found()
-        if num_wanted:
-            found = await self._demonstrations.find(
-                Request(
-                    task=task,
-                    prompt_token_ids=prompt,
-                    num_wanted=num_wanted,
-                    policy_version=guidance.policy_version,
-                )
-            )
+        seed = derive_seed(config.seed, self._run_id, config.collector_index, number)
+        plan, found = await self._planner.plan(task, guidance, seed=seed)
         if found.is_asked or found.problem is not None:
             await self._note_expert(is_lost=found.problem is not None, reason=str(found.problem))
-        plan = self._strategy.plan(
-            Occasion(
-                task=task,
-                guidance=guidance,
-                prompt_token_ids=prompt,
-                demonstrations=found.demonstrations,
-                seed=derive_seed(config.seed, self._run_id, config.collector_index, number),
-            )
-        )
+        wants_expert = self._planner.strategy.num_demonstrations > 0
         has_expert = bool(plan.demonstrations) or plan.hint is not None
-        self._counts["groups_without_expert"] += num_wanted > 0 and not has_expert
+        self._counts["groups_without_expert"] += wants_expert and not has_expert
         return plan
 
     async def _score(self, task: Task, responses: list[Response]) -> None:

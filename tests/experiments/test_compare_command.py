@@ -111,9 +111,3 @@ def test_another_comparison_in_the_same_directory_is_refused(home: Path, results
     done = compare(home, "--seeds", "1")
     assert done.returncode == 2
     assert "holds a comparison of another preset or other settings" in done.stderr
-
-
-def test_an_unknown_preset_is_refused(tmp_path: Path):
-    done = compare(tmp_path, "--preset", "huge")
-    assert done.returncode == 2
-    assert "--preset huge: expected one of laptop, pretrained, smoke" in done.stderr
