@@ -12,8 +12,10 @@ Each service has a state directory of its own and one rollout group under way.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -37,6 +39,9 @@ EMPTY = "empty"
 SERVICE = "service"
 OTHER = "checkout"
 TIMEOUT_S = 300.0
+_PORTS = range(20_000, 32_000)
+"""Below those that Linux gives to whoever names none, above those of Ray's workers: what is free
+now still is when the service listens."""
 _HERE = Path(__file__).resolve().parents[1]
 _EMPTY_APPLICATION = """
 import sys, time
@@ -118,7 +123,7 @@ def start_once(name: str, place: Path) -> Start:
             process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=place,
-                env=_environment(home, port),
+                env=_environment(home, port) | {"PYTHONPATH": str(place)},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -205,14 +210,16 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
         return False
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port in {_PORTS}")
 
 
 if __name__ == "__main__":
