@@ -1,7 +1,8 @@
 """How long the dashboard's queries and the questions of docs/sql.md take on a large store.
 
 Every query of `StatsReader`, with each filter that the dashboard offers and with filters that no
-response passes (the slowest case: everything is looked at), and every statement of the guide.
+response passes (the slowest case: everything is looked at), those of the page Experiments over all
+runs that it takes, and every statement of the guide.
 
     python -m benchmarks.store_seed sqlite:////tmp/seeded.db --trajectories 1000000
     python -m benchmarks.store_queries sqlite:////tmp/seeded.db
@@ -26,6 +27,7 @@ import numpy as np
 
 from benchmarks.machine import positive_int, processor, report_progress
 from mentor_serve.store.connection import parse_url
+from mentor_serve.store.experiment_stats import MAX_RUNS, ExperimentReader
 from mentor_serve.store.stats import StatsReader
 from mentor_serve.types import TrajectoryKind
 
@@ -81,6 +83,13 @@ def dashboard(reader: StatsReader) -> Iterator[tuple[str, Query]]:
     yield "evaluations", partial(reader.evaluations, run_id)
 
 
+def experiments(reader: ExperimentReader) -> Iterator[tuple[str, Query]]:
+    """The queries of the page Experiments, over the newest runs."""
+    run_ids = [run["id"] for run in reader.runs()[:MAX_RUNS]]
+    for name in ("methods", "update_curves", "greedy_curves", "final_measures"):
+        yield name, partial(getattr(reader, name), run_ids)
+
+
 def guide(reader: StatsReader) -> Iterator[tuple[str, Query]]:
     """The statements of docs/sql.md, each under its first words."""
     text = GUIDE.read_text(encoding="utf-8")
@@ -123,14 +132,19 @@ def _seconds(query: Query) -> tuple[float, float]:
 
 def measure_all(url: str, *, repeats: int = 20) -> dict[str, Any]:
     """Time every query; the result as JSON."""
-    reader = StatsReader(url, timeout_s=60)
+    reader = ExperimentReader(url, timeout_s=60)
     result: dict[str, Any] = {
         "database": parse_url(url).get_backend_name(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "load_average_before": os.getloadavg()[0],
     }
-    for part, queries in (("dashboard", dashboard(reader)), ("guide", guide(reader))):
+    parts = {
+        "dashboard": dashboard(reader),
+        "experiments": experiments(reader),
+        "guide": guide(reader),
+    }
+    for part, queries in parts.items():
         result[part] = {}
         for name, query in queries:
             result[part][name] = measure(query, repeats=repeats)

@@ -70,4 +70,6 @@ def test_every_query_is_timed(url, monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out)
     statements = re.findall("```sql", store_queries.GUIDE.read_text(encoding="utf-8"))
     assert len(result["guide"]) == len(statements)
-    assert all(times["p50_ms"] > 0 for times in result["dashboard"].values())
+    assert len(result["experiments"]) == 4
+    for part in ("dashboard", "experiments"):
+        assert all(times["p50_ms"] > 0 for times in result[part].values())
