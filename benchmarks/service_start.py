@@ -177,7 +177,8 @@ def _stopped_at_the_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     finally:
         tree = _tree(process.pid)
-        process.send_signal(signal.SIGINT)
+        # Not SIGINT: what a shell starts in the background ignores it.
+        process.send_signal(signal.SIGTERM)
         try:
             process.wait(timeout=60)
         except subprocess.TimeoutExpired:

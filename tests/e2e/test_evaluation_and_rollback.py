@@ -16,7 +16,7 @@ from service_checks import assert_every_group_was_used_once
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
-EVERY = 2
+EVERY = 4
 SETTINGS = {
     "MENTOR_SERVE_LEARNER__EVAL_EVERY": str(EVERY),
     "MENTOR_SERVE_EVALUATION__NUM_PROBLEMS": "8",
