@@ -149,13 +149,15 @@ def _engine(settings: Settings) -> str:
 
 def _models(settings: Settings) -> str:
     from mentor_serve.models.loading import load_logits_width, load_tokenizer
-    from mentor_serve.models.vocabulary import check_same_vocabulary
+    from mentor_serve.models.vocabulary import check_models_share_vocabulary
 
     policy, expert = settings.policy.model, settings.expert.model
-    tokenizer, width = load_tokenizer(policy), load_logits_width(policy)
     if expert == "none":
+        load_tokenizer(policy)
+        load_logits_width(policy)
         return f"policy {policy}, no expert (guidance is off)"
-    check_same_vocabulary(tokenizer, load_tokenizer(expert), width, load_logits_width(expert))
+    check_models_share_vocabulary(policy, expert)
+    width = load_logits_width(policy)
     return f"policy {policy}, expert {expert}, vocabulary {width}"
 
 

@@ -13,7 +13,7 @@ from mentor_serve.actors.policy import policy_deployment
 from mentor_serve.actors.runtime import open_run, open_store, prepare_state
 from mentor_serve.actors.workload import task_source
 from mentor_serve.models.loading import load_logits_width, load_tokenizer
-from mentor_serve.models.vocabulary import check_same_vocabulary
+from mentor_serve.models.vocabulary import check_models_share_vocabulary
 from mentor_serve.settings import Settings
 
 
@@ -27,9 +27,11 @@ def check_settings(settings: Settings) -> None:
         SchemaOutOfDate, StoreError: the database cannot be used.
     """
     policy, expert = settings.policy.model, settings.expert.model
-    tokenizer, width = load_tokenizer(policy), load_logits_width(policy)
-    if expert != "none":
-        check_same_vocabulary(tokenizer, load_tokenizer(expert), width, load_logits_width(expert))
+    if expert == "none":
+        load_tokenizer(policy)
+        load_logits_width(policy)
+    else:
+        check_models_share_vocabulary(policy, expert)
     task_source(settings)
     prepare_state(settings)
 

@@ -13,11 +13,10 @@ from mentor_serve.engines.slots.slot_model import default_max_tokens
 from mentor_serve.errors import ConfigError
 from mentor_serve.models.loading import (
     end_token_ids,
-    load_logits_width,
     load_model,
     load_tokenizer,
 )
-from mentor_serve.models.vocabulary import check_same_vocabulary
+from mentor_serve.models.vocabulary import check_models_share_vocabulary
 
 ModelSource = Any
 """A model, or what `models.loading.load_model` takes: a directory, a hub id, `embedded:...`."""
@@ -41,12 +40,7 @@ def check_vocabulary(policy: ModelSource, expert: ModelSource) -> None:
         VocabularyMismatch: a token id means different things to the two.
     """
     if _is_name(policy) and _is_name(expert):
-        check_same_vocabulary(
-            load_tokenizer(policy),
-            load_tokenizer(expert),
-            load_logits_width(policy),
-            load_logits_width(expert),
-        )
+        check_models_share_vocabulary(policy, expert)
 
 
 def context_length(model: Any, max_model_len: int | None) -> int:

@@ -12,9 +12,10 @@ from mentor_serve.models.loading import (
     resolve_model,
 )
 from mentor_serve.models.prompts import opens_thinking, render_messages
-from mentor_serve.models.vocabulary import check_same_vocabulary
+from mentor_serve.models.vocabulary import check_models_share_vocabulary, check_same_vocabulary
 
 __all__ = [
+    "check_models_share_vocabulary",
     "check_same_vocabulary",
     "end_token_ids",
     "load_config",

@@ -205,9 +205,14 @@ def _llama_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
     """config.json of a Llama in a directory, else nothing."""
     if "local_files_only" not in options:
         return {}
-    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    is_llama = isinstance(config, dict) and config.get("model_type") == "llama"
-    return config if is_llama else {}
+    config = _read_object(Path(source) / "config.json")
+    return config if config.get("model_type") == "llama" else {}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where the JSON is something else."""
+    value = json.loads(file.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
 
 
 def _tokenizer_class(source: str, options: dict[str, Any]) -> Any:
@@ -228,7 +233,7 @@ def _has_plain_tokenizer(source: str, options: dict[str, Any]) -> bool:
     file = Path(source) / "tokenizer_config.json"
     if not _llama_config(source, options) or not file.is_file():
         return False
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = _read_object(file)
     return config.get("tokenizer_class") == _PLAIN_TOKENIZER and "auto_map" not in config
 
 

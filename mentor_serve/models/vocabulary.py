@@ -6,12 +6,29 @@ both models. The check is strict: equal tokenizers and equal logits widths. It n
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mentor_serve.errors import VocabularyMismatch
+from mentor_serve.models.loading import load_logits_width, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def check_models_share_vocabulary(policy: str | Path, expert: str | Path) -> None:
+    """`check_same_vocabulary` of two models by name; loads no weights.
+
+    Raises:
+        ConfigError: one of them cannot be found or read.
+        VocabularyMismatch: policy and expert cannot be mixed.
+    """
+    check_same_vocabulary(
+        load_tokenizer(policy),
+        load_tokenizer(expert),
+        load_logits_width(policy),
+        load_logits_width(expert),
+    )
 
 
 def check_same_vocabulary(
