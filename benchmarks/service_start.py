@@ -1,4 +1,4 @@
-"""How long `mentor-serve up` takes until it answers, beside an empty Ray Serve application.
+"""How long `mentor-serve up` takes until it answers and until it has learned once.
 
     python -m benchmarks.service_start --json
     python -m benchmarks.service_start --checkout ../older --json
@@ -6,7 +6,7 @@
 Each round starts one after the other: Ray with an application that only says hello, this checkout,
 and `--checkout`, another one, for instance of an older commit (`git worktree add`). Times of
 different rounds are not compared: ratios are taken within a round, and their median is given.
-Each service has a state directory of its own and one rollout group under way.
+Each service has a state directory of its own, one rollout group under way, and updates of four.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,16 @@ time.sleep(3600)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One start, up to the first answer."""
+    """One start: up to the first answer, and for a service up to its first update."""
 
     ready_s: float
     cpu_s: float
     """Processor time, user and system, of all processes that were alive at that answer."""
+    update_s: float | None = None
+    """When `/v1/training` told of an update, counted from the same moment."""
+    update_cpu_s: float | None = None
+    update_memory_mib: float | None = None
+    """What the processes had to themselves then: memory shared between them is not counted."""
 
 
 def main() -> None:
@@ -111,7 +116,7 @@ def measure(rounds: int, checkout: Path | None) -> dict[str, list[Start]]:
 
 
 def start_once(name: str, place: Path) -> Start:
-    """Start it, wait for its first answer, and stop it."""
+    """Start it, wait for its first answer (and a service's first update), and stop it."""
     port = _free_port()
     with tempfile.TemporaryDirectory() as home:
         path, command = "/health/readiness", ["-m", "mentor_serve.cli", "up", "--no-dashboard"]
@@ -129,33 +134,53 @@ def start_once(name: str, place: Path) -> Start:
                 start_new_session=True,
             )
         with _stopped_at_the_end(process):
-            deadline = began + TIMEOUT_S
-            while not _answers(f"http://127.0.0.1:{port}{path}"):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    said = output.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"expected an answer of {name}; it said:\n{said}")
-                time.sleep(0.05)
-            return Start(
-                ready_s=round(time.monotonic() - began, 2), cpu_s=round(_cpu_s(process.pid), 2)
+
+            def wait(condition: Callable[[], bool]) -> float:
+                while not condition():
+                    if process.poll() is not None or time.monotonic() > began + TIMEOUT_S:
+                        said = output.read_text(errors="replace")[-2000:]
+                        raise RuntimeError(f"expected an answer of {name}; it said:\n{said}")
+                    time.sleep(0.05)
+                return round(time.monotonic() - began, 2)
+
+            url = f"http://127.0.0.1:{port}"
+            start = Start(
+                ready_s=wait(lambda: _get(url + path) is not None), cpu_s=_cpu_s(process.pid)
+            )
+            if name == EMPTY:
+                return start
+            return replace(
+                start,
+                update_s=wait(lambda: _step(url) > 0),
+                update_cpu_s=_cpu_s(process.pid),
+                update_memory_mib=_memory_mib(process.pid),
             )
 
 
 def ratio(starts: list[Start], others: list[Start]) -> dict[str, float]:
-    """Median over rounds of how many times as long the first took."""
-    pairs = list(zip(starts, others, strict=True))
+    """Median over rounds of how many times as much the first took, of all that both have."""
+    pairs = [(asdict(a), asdict(b)) for a, b in zip(starts, others, strict=True)]
     return {
-        "ready": round(statistics.median(a.ready_s / b.ready_s for a, b in pairs), 3),
-        "cpu": round(statistics.median(a.cpu_s / b.cpu_s for a, b in pairs), 3),
+        name: round(statistics.median(a[name] / b[name] for a, b in pairs), 3)
+        for name in pairs[0][0]
+        if all(a[name] is not None and b[name] is not None for a, b in pairs)
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """What people read: medians, and ratios to the empty application."""
-    lines = [f"{'':10} {'ready s':>8} {'CPU s':>8} {'x empty':>8}"]
-    ratios = result["times_empty"]
-    for name, starts in result["rounds"].items():
-        ready, cpu = (statistics.median(one[key] for one in starts) for key in ("ready_s", "cpu_s"))
-        lines.append(f"{name:10} {ready:8.1f} {cpu:8.1f} {ratios[name]['ready']:8.2f}")
+    names = [field.name for field in fields(Start)]
+    lines = [f"{'':10} " + " ".join(f"{name:>17}" for name in names) + f" {'ready x empty':>14}"]
+    for label, starts in result["rounds"].items():
+        columns = [[start[name] for start in starts] for name in names]
+        cells = [
+            "-" if None in column else f"{statistics.median(column):.1f}" for column in columns
+        ]
+        lines.append(
+            f"{label:10} "
+            + " ".join(f"{cell:>17}" for cell in cells)
+            + f" {result['times_empty'][label]['ready_s']:14.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -168,6 +193,8 @@ def _environment(home: str, port: int) -> dict[str, str]:
         "MENTOR_SERVE_HOME": home,
         "MENTOR_SERVE_GATEWAY__PORT": str(port),
         "MENTOR_SERVE_ROLLOUT__CONCURRENT_GROUPS": "1",
+        "MENTOR_SERVE_LEARNER__PROMPTS_PER_STEP": "4",
+        "MENTOR_SERVE_LEARNER__MINI_BATCH_PROMPTS": "4",
     }
 
 
@@ -204,15 +231,29 @@ def _cpu_s(pid: int) -> float:
             times = process.cpu_times()
             # Those of children are of the ones that ended and were waited for.
             total += times.user + times.system + times.children_user + times.children_system
-    return total
+    return round(total, 2)
 
 
-def _answers(url: str) -> bool:
+def _memory_mib(pid: int) -> float:
+    total = 0
+    for process in _tree(pid):
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().uss
+    return round(total / 2**20, 1)
+
+
+def _step(url: str) -> int:
+    training = _get(f"{url}/v1/training")
+    return 0 if training is None else int(json.loads(training)["step"])
+
+
+def _get(url: str) -> bytes | None:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            content: bytes = answer.read()
+            return content
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
-        return False
+        return None
 
 
 def _free_port() -> int:

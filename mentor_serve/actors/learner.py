@@ -227,6 +227,8 @@ class LearnerActor:
                 document = {"phase": _STARTING, "is_paused": self._is_paused}
             else:
                 document = asdict(self._learner.status())
+                # As itself it would have whoever asks import the learner's modules, and torch.
+                document["phase"] = str(document["phase"])
         return {**document, "fatal_error": self._error}
 
     def fingerprint(self) -> str:

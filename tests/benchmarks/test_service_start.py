@@ -59,5 +59,6 @@ def test_what_ends_before_it_answers_is_an_error_with_its_words(
 
 def test_ratios_are_medians_within_rounds() -> None:
     fast = [Start(ready_s=seconds, cpu_s=1.0) for seconds in (1.0, 2.0, 9.0)]
-    slow = [Start(ready_s=seconds, cpu_s=4.0) for seconds in (2.0, 8.0, 10.0)]
-    assert ratio(slow, fast) == {"ready": 2.0, "cpu": 4.0}
+    slow = [Start(ready_s=seconds, cpu_s=4.0, update_s=1.0) for seconds in (2.0, 8.0, 10.0)]
+    assert ratio(slow, fast) == {"ready_s": 2.0, "cpu_s": 4.0}
+    assert ratio(slow, slow) == {"ready_s": 1.0, "cpu_s": 1.0, "update_s": 1.0}

@@ -108,11 +108,19 @@ class RunningService:
 
     def kill_process(self, name: str) -> int:
         """kill -9 of the processes with `name` in their command line; returns how many."""
-        tree = psutil.Process(self.process.pid).children(recursive=True)
-        victims = [process for process in tree if name in " ".join(process.cmdline())]
+        victims = self._named(name)
         for victim in victims:
             victim.kill()
         return len(victims)
+
+    def has_loaded(self, library: str, name: str) -> bool:
+        """Whether the one process with `name` in its command line has mapped a file like that."""
+        (process,) = self._named(name)
+        return any(library in file.path for file in process.memory_maps())
+
+    def _named(self, name: str) -> list[psutil.Process]:
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in tree if name in " ".join(process.cmdline())]
 
     def _living(self) -> list[psutil.Process]:
         known = {process.pid: process for process in self._descendants if process.is_running()}

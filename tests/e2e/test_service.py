@@ -130,6 +130,15 @@ def test_training_pauses_and_resumes(service: Any) -> None:
     service.wait_for_step(step + 1)
 
 
+def test_processes_without_a_model_never_load_torch(service: Any) -> None:
+    """It would cost each of them some 300 MB, and whoever asks first some seconds."""
+    service.wait_for_step(1)
+    service.get("/v1/training")
+    assert service.has_loaded("libtorch", "LearnerActor")
+    assert not service.has_loaded("libtorch", "ServeReplica:mentor:Gateway")
+    assert not service.has_loaded("libtorch", "ServeReplica:mentor:Collector")
+
+
 @pytest.mark.parametrize("victim", ["WeightStore", "ServeReplica:mentor:Policy"])
 def test_a_killed_process_is_replaced_and_training_goes_on(service: Any, victim: str) -> None:
     service.wait_for_step(1)  # every process is up
