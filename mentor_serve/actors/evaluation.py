@@ -14,16 +14,13 @@ from typing import Any
 from mentor_serve.actors.workload import task_source, verifier_pool
 from mentor_serve.engines import TorchEngine
 from mentor_serve.engines.driver import EngineDriver
-from mentor_serve.errors import WeightsError
 from mentor_serve.evaluation.plan import EvaluationPlan, SuiteReport, run_plan
 from mentor_serve.evaluation.words import FIGURE_3_WORDS
 from mentor_serve.models.loading import load_model, load_tokenizer
 from mentor_serve.rollout.prompts import PromptRenderer
 from mentor_serve.settings import Settings
-from mentor_serve.store import EvaluationRecord, MeasureRecord, VersionRecord
+from mentor_serve.store import EvaluationRecord, MeasureRecord
 from mentor_serve.store.evaluations import POLICY
-from mentor_serve.weights import read_manifest, snapshot_path
-from mentor_serve.weights.snapshots import WEIGHTS, verify_file
 
 Progress = Callable[[int, int], None]
 """Called with (responses judged, responses)."""
@@ -51,25 +48,6 @@ def suite_name(settings: Settings) -> str:
     tasks = settings.tasks
     name = tasks.name if tasks.source == "reasoning_gym" else Path(tasks.name).name
     return settings.evaluation.suite or f"{tasks.source}:{name}"[:200]
-
-
-def verified_snapshot(settings: Settings, version: VersionRecord) -> Path:
-    """The directory of a kept version, its weights checked against the store's hash.
-
-    Raises:
-        WeightsError: it is not kept any more, or not what the store says.
-    """
-    path = snapshot_path(settings.weights_dir, version.version)
-    expected = version.sha256 or read_manifest(path).sha256
-    try:
-        verify_file(path / WEIGHTS, expected)
-    except OSError as error:
-        raise WeightsError(
-            f"expected the snapshot of version {version.version} in {path}, but {error.strerror}: "
-            f"weights.keep_versions = {settings.weights.keep_versions}; choose one that "
-            "`mentor-serve weights list` shows as kept"
-        ) from error
-    return path
 
 
 async def evaluate_model(

@@ -24,8 +24,8 @@ from mentor_serve.actors.evaluation import (
     evaluation_plan,
     evaluation_record,
     suite_name,
-    verified_snapshot,
 )
+from mentor_serve.actors.runtime import verified_snapshot
 from mentor_serve.errors import MentorError, WeightsError
 from mentor_serve.evaluation.plan import SuiteReport
 from mentor_serve.settings import Settings

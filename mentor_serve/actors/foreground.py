@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -27,7 +26,7 @@ from mentor_serve.actors.lifecycle import (
     start_service,
     stop_service,
 )
-from mentor_serve.actors.runtime import open_run, open_store, prepare_state
+from mentor_serve.actors.runtime import open_run, open_store, owned_state
 from mentor_serve.errors import ConfigError, StoreError
 from mentor_serve.settings import ENV_PREFIX, Settings
 from mentor_serve.store import TrainingStatus, TrajectoryStore
@@ -104,26 +103,6 @@ def _handled_signals() -> Iterator[_StopSignals]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def owned_state(settings: Settings) -> Iterator[None]:
-    """Lock the state directory for this process; the lock dies with it, kill -9 included."""
-    prepare_state(settings)
-    path = settings.home.resolve() / "service.lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigError(
-                f"{settings.home.resolve()} belongs to the service of process {file.read().strip()}"
-                "; stop it, or set MENTOR_SERVE_HOME to another directory"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def dashboard_script() -> Path:

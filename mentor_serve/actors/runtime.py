@@ -1,15 +1,22 @@
-"""What every replica and actor does first: logging, threads, and the store of its run."""
+"""What processes share: logging, threads, the state directory, and the store of their run."""
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
-from mentor_serve.errors import ConfigError
+from mentor_serve.errors import ConfigError, WeightsError
 from mentor_serve.settings import Settings
-from mentor_serve.store import TrajectoryStore, require_current, upgrade
+from mentor_serve.store import TrajectoryStore, VersionRecord, require_current, upgrade
 from mentor_serve.telemetry.logging import configure_logging
+from mentor_serve.weights import read_manifest, snapshot_path
+from mentor_serve.weights.snapshots import WEIGHTS, verify_file
 
 
 def enter_process(settings: Settings, *, role: str, num_threads: int | None = None) -> None:
@@ -68,6 +75,31 @@ def prepare_state(settings: Settings) -> None:
         require_current(settings.database_url)
 
 
+@contextmanager
+def owned_state(settings: Settings) -> Iterator[None]:
+    """Lock the state directory for this process; the lock dies with it, kill -9 included.
+
+    Raises:
+        ConfigError: another service has it.
+        SchemaOutOfDate, StoreError: as in `prepare_state`.
+    """
+    prepare_state(settings)
+    path = settings.home.resolve() / "service.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"{settings.home.resolve()} belongs to the service of process {file.read().strip()}"
+                "; stop it, or set MENTOR_SERVE_HOME to another directory"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def open_store(settings: Settings, *, mode: Literal["read", "write"] = "write") -> TrajectoryStore:
     """Connect to the store that the settings name."""
     return TrajectoryStore(
@@ -84,3 +116,22 @@ def open_run(settings: Settings, store: TrajectoryStore, *, announce: bool = Fal
     One process of a start announces it, so that a continued run has one event a start.
     """
     return store.open_run(settings.run_name, settings.model_dump(mode="json"), announce=announce)
+
+
+def verified_snapshot(settings: Settings, version: VersionRecord) -> Path:
+    """The directory of a kept version, its weights checked against the store's hash.
+
+    Raises:
+        WeightsError: it is not kept any more, or not what the store says.
+    """
+    path = snapshot_path(settings.weights_dir, version.version)
+    expected = version.sha256 or read_manifest(path).sha256
+    try:
+        verify_file(path / WEIGHTS, expected)
+    except OSError as error:
+        raise WeightsError(
+            f"expected the snapshot of version {version.version} in {path}, but {error.strerror}: "
+            f"weights.keep_versions = {settings.weights.keep_versions}; choose one that "
+            "`mentor-serve weights list` shows as kept"
+        ) from error
+    return path

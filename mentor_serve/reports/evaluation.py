@@ -6,13 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from mentor_serve.actors.evaluation import (
-    Progress,
-    evaluate_model,
-    evaluation_record,
-    verified_snapshot,
-)
-from mentor_serve.actors.runtime import open_store, prepare_state
+from mentor_serve.actors.evaluation import Progress, evaluate_model, evaluation_record
+from mentor_serve.actors.runtime import open_store, prepare_state, verified_snapshot
 from mentor_serve.errors import ConfigError
 from mentor_serve.evaluation import GREEDY_PREFIX, EvaluationPlan, Measure, SuiteReport
 from mentor_serve.settings import Settings

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mentor_serve import __version__
-from mentor_serve.actors.evaluation import verified_snapshot
-from mentor_serve.actors.foreground import owned_state
-from mentor_serve.actors.learner import roll_back_alone
-from mentor_serve.actors.runtime import open_store
+from mentor_serve.actors.runtime import open_store, owned_state, verified_snapshot
 from mentor_serve.errors import ConfigError, WeightsError
 from mentor_serve.reports.service import call_service, serves_run
 from mentor_serve.reports.status import existing_run
@@ -101,6 +98,9 @@ def roll_back(settings: Settings, version: int) -> dict[str, Any]:
     if serves_run(settings, run_id):
         answer = call_service(settings, "POST", "/v1/weights/rollback", {"version": version})
         return {**answer, "through": "service"}
+    # Here, not above: no other command of these needs Ray and torch, which take seconds to import.
+    from mentor_serve.actors.learner import roll_back_alone
+
     with owned_state(settings), open_store(settings) as store:
         record = roll_back_alone(settings, store, version, _NoReplicas())
     return {**asdict(record), "through": "directories"}

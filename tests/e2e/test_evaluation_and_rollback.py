@@ -8,7 +8,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -73,6 +74,17 @@ def post(service: Any, path: str, body: dict[str, Any] | None = None) -> None:
         assert response.status == 200
 
 
+@contextmanager
+def paused(service: Any) -> Iterator[None]:
+    """No update meanwhile: what is kept stays, however long a command takes to start."""
+    post(service, "/v1/training/pause")
+    service.wait_for(
+        lambda: service.get("/v1/training")["learner"]["phase"] == "paused", "the pause"
+    )
+    yield
+    post(service, "/v1/training/resume")
+
+
 def assert_evaluations_are_whole(service: Any) -> None:
     """Every evaluation has the same rows, all of one version that is a multiple, in one suite."""
     rows = service.query(
@@ -116,7 +128,7 @@ def test_a_killed_evaluator_is_replaced_and_leaves_nothing_half(service: Any) ->
 def test_a_rollback_goes_through_the_learner(service: Any) -> None:
     service.wait_for_step(3)
     kept = [row["version"] for row in command(service, "weights", "list") if row["is_kept"]]
-    old = kept[1]
+    old = kept[-2]  # the newest that is no longer live: kept for longest
     record = command(service, "weights", "rollback", str(old))
     assert (record["through"], record["parent_version"]) == ("service", old)
     new = record["version"]
@@ -142,30 +154,27 @@ def test_a_rollback_goes_through_the_learner(service: Any) -> None:
         ),
         "an update of the old weights",
     )
-    versions = [version for (version,) in service.query("select version from policy_versions")]
-    assert sorted(versions) == list(range(len(versions)))
-    listed = {row["version"]: row for row in command(service, "weights", "list", "--verify")}
+    with paused(service):
+        versions = [row[0] for row in service.query("select version from policy_versions")]
+        assert sorted(versions) == list(range(len(versions)))
+        listed = {row["version"]: row for row in command(service, "weights", "list", "--verify")}
     assert listed[new]["verified"] is True
     assert_every_group_was_used_once(service)
 
 
 def test_rollouts_of_a_running_service_are_reproduced(service: Any) -> None:
     service.wait_for_step(3)
-    post(service, "/v1/training/pause")
-    service.wait_for(
-        lambda: service.get("/v1/training")["learner"]["phase"] == "paused", "the pause"
-    )
-    ((trajectory_id,),) = service.query(
-        "select t.id from trajectories t join rollout_groups g on g.id = t.group_id where "
-        "t.kind = 'mixed' and t.status = 'ok' and g.consumed_by_step >= 2 and "
-        "t.min_policy_version = t.max_policy_version order by t.id desc limit 1"
-    )
-    report = command(service, "rollouts", "replay", trajectory_id)
-    assert report["is_equal"]
-    assert report["skipped"] == {}
-    report = command(service, "rollouts", "replay", "--step", str(service.step()))
-    assert report["is_equal"], report["first_difference"]
-    post(service, "/v1/training/resume")
+    with paused(service):
+        ((trajectory_id,),) = service.query(
+            "select t.id from trajectories t join rollout_groups g on g.id = t.group_id where "
+            "t.kind = 'mixed' and t.status = 'ok' and g.consumed_by_step >= 2 and "
+            "t.min_policy_version = t.max_policy_version order by t.id desc limit 1"
+        )
+        report = command(service, "rollouts", "replay", trajectory_id)
+        assert report["is_equal"]
+        assert report["skipped"] == {}
+        report = command(service, "rollouts", "replay", "--step", str(service.step()))
+        assert report["is_equal"], report["first_difference"]
 
 
 @pytest.mark.parametrize("version", [10**6, -1])
