@@ -260,14 +260,15 @@ class LearnerActor:
         learner = self._learner
         if learner is None:
             raise WeightsError("expected a running learner, it is starting; try again")
-        was_paused = learner.status().is_paused
         # Locks are not fair: a loop that always finds groups would hardly ever let us in.
         learner.pause()
         try:
             return learner.rollback(version)
         finally:
-            if not was_paused:
-                learner.resume()
+            with self._lock:
+                # What was asked for last counts, also if that was during the rollback.
+                if not self._is_paused:
+                    learner.resume()
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the update in progress and end the loop; False if that took too long."""
