@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mentor_serve.actors.learner import rank_options
+from mentor_serve.actors.learner_options import rank_options
 from mentor_serve.errors import ConfigError
 from mentor_serve.settings import load_settings
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mentor_serve.actors.learner import learner_config, training_options
+from mentor_serve.actors.learner_options import learner_config, training_options
 from mentor_serve.actors.runtime import open_store, verified_snapshot
 from mentor_serve.errors import ConfigError, WeightsError
 from mentor_serve.learner.replay import (

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from mentor_serve.actors.collector import collector_config
+from mentor_serve.actors.collector_options import collector_config
 from mentor_serve.actors.evaluation import evaluation_record
-from mentor_serve.actors.learner import learner_config, training_options
+from mentor_serve.actors.learner_options import learner_config, training_options
 from mentor_serve.actors.runtime import open_run, open_store, prepare_state
 from mentor_serve.actors.workload import task_source, verifier_pool
 from mentor_serve.engines import TorchEngine
