@@ -128,7 +128,7 @@ def test_a_killed_evaluator_is_replaced_and_leaves_nothing_half(service: Any) ->
 def test_a_rollback_goes_through_the_learner(service: Any) -> None:
     service.wait_for_step(3)
     kept = [row["version"] for row in command(service, "weights", "list") if row["is_kept"]]
-    old = kept[-2]  # the newest that is no longer live: kept for longest
+    old = kept[1]  # newest first: the newest that is no longer live is kept for longest
     record = command(service, "weights", "rollback", str(old))
     assert (record["through"], record["parent_version"]) == ("service", old)
     new = record["version"]
