@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 
 # Read when ray is imported first.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -30,4 +32,8 @@ def ray_cluster():
         _node_ip_address="127.0.0.1",
     )
     yield ray
-    ray.shutdown()
+    with warnings.catch_warnings():
+        # Ray waits a second for a process of its own that it has killed, and then forgets it.
+        warnings.simplefilter("ignore", ResourceWarning)
+        ray.shutdown()
+        gc.collect()
