@@ -251,7 +251,7 @@ def _get(url: str) -> bytes | None:
     try:
         with urllib.request.urlopen(url, timeout=20) as answer:
             content: bytes = answer.read()
-            return content
+            return content if answer.status == 200 else None
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
         return None
 

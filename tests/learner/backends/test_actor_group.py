@@ -98,3 +98,5 @@ def test_killed_ranks_are_ended_once(make_group):
     for ref in hanging:
         with pytest.raises(RayActorError):
             ray.get(ref, timeout=60)
+    with pytest.raises(LearnerWorkerLost):
+        group.call("do", "well")
