@@ -1,37 +1,25 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import mentor_serve
+from tests.imports import loaded_by
 
 PACKAGE = Path(mentor_serve.__file__).parent
 
 
-def loaded_by(modules: str) -> list[str]:
-    """Which of the heavy libraries a process has after importing `modules`."""
-    code = (
-        f"import sys, {modules}\n"
-        "print(*[m for m in ('ray', 'torch', 'transformers') if m in sys.modules])"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-
-
 def test_importing_the_package_loads_neither_torch_nor_ray() -> None:
-    assert loaded_by("mentor_serve.types, mentor_serve.settings, mentor_serve.engines") == []
+    assert loaded_by("import mentor_serve.types, mentor_serve.settings, mentor_serve.engines") == []
 
 
 def test_commands_that_only_look_load_neither_torch_nor_ray() -> None:
     """They take seconds to import, on a machine that the service keeps busy."""
-    reports = "mentor_serve.reports.rollouts, mentor_serve.reports.status"
+    reports = "import mentor_serve.reports.rollouts, mentor_serve.reports.status"
     assert loaded_by(f"{reports}, mentor_serve.reports.weights, mentor_serve.cli.application") == []
 
 
 def test_comparisons_evaluations_and_replays_need_no_ray() -> None:
-    reports = "mentor_serve.reports.comparison, mentor_serve.reports.evaluation"
+    reports = "import mentor_serve.reports.comparison, mentor_serve.reports.evaluation"
     assert loaded_by(f"{reports}, mentor_serve.reports.replay") == ["torch", "transformers"]
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from mentor_serve.models.reference import reference_path
 from mentor_serve.settings import Settings, load_settings
 from mentor_serve.store import TrajectoryStore, VersionRecord, upgrade
 from mentor_serve.weights import SnapshotLabel, write_snapshot
+from tests.imports import loaded_by
 
 SUITE = "reasoning_gym:embedded"
 
@@ -310,8 +308,4 @@ def test_numbers_are_of_the_snapshot_and_of_no_other_weights(
 
 def test_importing_the_actor_costs_no_torch() -> None:
     """The collectors import it to find the actor."""
-    code = "import sys, mentor_serve.actors.evaluator; sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
-    )
+    assert "torch" not in loaded_by("import mentor_serve.actors.evaluator")
